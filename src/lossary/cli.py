@@ -1,0 +1,396 @@
+"""The command line. Everything heavy is imported inside the command that needs it, so that search stays instant."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lossary import __version__, catalogue
+from lossary.errors import BadInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lossary.roles import Result
+
+app = typer.Typer(
+    name="lossary",
+    help="Published machine-learning methods as parts that run, each with evidence.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+MARKS = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 a failed check or a finding, 2 bad input, 130 interrupted."""
+    try:
+        app()
+    except BadInput as error:
+        print(f"lossary: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lossary: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog='Example: lossary find "noisy labels, few positives"')
+def find(
+    query: Annotated[str, typer.Argument(help="Words, symptoms or names.")],
+    room: Annotated[str | None, typer.Option(help="Only this room.")] = None,
+    role: Annotated[str | None, typer.Option(help="Only papers with a part of this role.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many papers.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Search the catalogue: which published ideas claim to help, and what we found."""
+    if room is not None:
+        _one_of("--room", room, sorted({paper["room"] for paper in catalogue.entries()}))
+    if role is not None:
+        _one_of(
+            "--role", role, sorted({p["role"] for paper in catalogue.entries() for p in paper["parts"] if p["role"]})
+        )
+    hits = [
+        hit
+        for hit in catalogue.search(query)
+        if room in (None, hit["room"]) and (role is None or any(p["role"] == role for p in hit["parts"]))
+    ][:limit]
+    if as_json:
+        _print_json([_hit(hit, role) for hit in hits])
+        return
+    if not hits:
+        print(f"Nothing matches {query!r}. Try other words, or a symptom such as 'noisy labels' or 'long tail'.")
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("paper", "role", "what it changes", "found"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("paper", "role"))
+    for hit in hits:
+        table.add_row(hit["id"], _roles(hit), hit["summary"], _found(hit))
+    _console().print(table)
+
+
+@app.command(epilog="Example: lossary show polyloss")
+def show(
+    paper_id: Annotated[str, typer.Argument(metavar="ID", help="A paper's id, as `find` prints it.")],
+    as_json: AsJson = False,
+) -> None:
+    """What a paper changes, when it helps, how to call it, and what was found."""
+    paper = _paper(paper_id)
+    if as_json:
+        _print_json(paper)
+        return
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    out = _console()
+    out.print(f"[bold]{escape(paper['title'])}[/] ({paper['year']})  [dim]{paper['room']}/{paper['id']}[/]\n")
+    out.print(escape(paper["summary"]) + "\n")
+    if paper["about"]:
+        out.print(escape(_unwrapped(paper["about"])) + "\n")
+    for part in paper["parts"]:
+        kind = f" [dim]{part['role']}[/]" if part["role"] else ""
+        out.print(f"[cyan]from lossary.{paper['room']} import {part['name']}[/]{kind}")
+        out.print(Padding(f"{escape(part['signature'])}\n[dim]{escape(part['summary'])}[/]", (0, 0, 0, 4)))
+    for claim in paper["claims"]:
+        record = (paper["verdict"] or {}).get(claim["name"])
+        out.print(
+            f"\n[dim]claim[/] {escape(claim['says'])}\n      {_outcome(record)}  [dim]{escape(claim['scale'])}[/]"
+        )
+    if paper["departs"]:
+        out.print("\n[dim]departs from the paper:[/] " + escape("; ".join(paper["departs"])))
+    if paper["url"]:
+        out.print(f"[dim]{paper['url']}[/]")
+
+
+@app.command(epilog="Example: lossary claim polyloss --smoke")
+def claim(
+    paper_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="A paper's id; none with --all.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Only the claim with this name.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every claim of every paper.")] = False,
+    smoke: Annotated[bool, typer.Option(help="Only see that it runs: three seeds, few steps, no verdict.")] = False,
+    record: Annotated[bool, typer.Option(help="Append the run to the paper's verdict file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a paper's headline claim as a small experiment, with a verdict by rules registered beforehand."""
+    if everything == (paper_id is not None):
+        raise BadInput("ID: give one paper's id, or --all")
+    if smoke and record:
+        raise BadInput("--record: a smoke run has no verdict to record; leave out one of --smoke and --record")
+    from lossary.claims import runner
+
+    papers = catalogue.entries() if everything else [_paper(paper_id or "")]
+    jobs = [(paper, c) for paper in papers for c in runner.claims_of(paper) if name in (None, c.name)]
+    if not jobs:
+        known = ", ".join(c["name"] for paper in papers for c in paper["claims"]) or "none"
+        raise BadInput(f"--name: {name!r} is no claim of {paper_id}; registered: {known}")
+    done = []
+    with _progress("claims", len(jobs)) as advance:
+        for paper, registered in jobs:
+            if smoke:
+                runner.smoke(registered)
+                result = {"id": paper["id"], "claim": registered.name, "outcome": "runs"}
+            else:
+                result = {"id": paper["id"], **runner.run(paper, registered)}
+                if record:
+                    runner.append(paper, {k: v for k, v in result.items() if k != "id"})
+            done.append(result)
+            advance(f"{paper['id']}: {registered.name}")
+    if as_json:
+        _print_json(done)
+    else:
+        _print_verdicts(done)
+
+
+@app.command(epilog="Example: lossary check mypackage.losses:my_loss")
+def check(
+    part: Annotated[str, typer.Argument(metavar="MODULE:NAME", help="Your part, or one of ours.")],
+    role: Annotated[str | None, typer.Option(help="The role to hold it to, if it carries no role's decorator.")] = None,
+    on: Annotated[str, typer.Option(help="For losses: what the target is (classes, multilabel, real).")] = "classes",
+    as_json: AsJson = False,
+) -> None:
+    """Run a role's battery of checks on a part, yours or ours."""
+    from lossary.roles import check as run_battery
+
+    results = run_battery(_marked(_imported(part), role, on))
+    if as_json:
+        _print_json([vars(result) for result in results])
+    else:
+        _print_checks(part, results)
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: lossary new losses my-loss")
+def new(
+    room: Annotated[str, typer.Argument(help="The room it belongs to.")],
+    paper_id: Annotated[str, typer.Argument(metavar="ID", help="Lower-case words joined by hyphens.")],
+) -> None:
+    """Write the stubs of a new paper: its part, its claim and its reference test."""
+    from lossary.scaffold import write
+
+    for path in write(room, paper_id):
+        print(path)
+
+
+@app.command(epilog="Example: lossary audit --room losses")
+def audit(
+    room: Annotated[str | None, typer.Option(help="Only this room.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is missing, stale or out of order. Exit code 1 if anything is."""
+    if room is not None:
+        _one_of("--room", room, list(catalogue.ROOMS))
+    from lossary.audit import audit as findings
+
+    found = findings(room)
+    if as_json:
+        _print_json(found)
+    else:
+        for item in found:
+            print(f"{item['room']}/{item['id']}: {item['finding']}")
+        papers = [paper for paper in catalogue.entries() if room in (None, paper["room"])]
+        print(f"{len(papers)} papers, {len(found)} findings. {_chance(papers)}")
+    if found:
+        raise typer.Exit(1)
+
+
+# --- helpers of the commands ----------------------------------------------------------------------------------
+
+
+def _paper(paper_id: str) -> catalogue.Entry:
+    try:
+        return catalogue.entry(paper_id)
+    except KeyError as error:
+        raise BadInput(str(error.args[0])) from None
+
+
+def _one_of(option: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        raise BadInput(f"{option}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _imported(where: str) -> Any:
+    module, _, name = where.partition(":")
+    if not module or not name:
+        raise BadInput(f"{where}: expected MODULE:NAME, for instance mypackage.losses:my_loss")
+    sys.path.insert(0, str(Path.cwd()))
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{where}: no module {error.name!r}; run from its folder or install its package") from None
+    except AttributeError:
+        raise BadInput(f"{where}: the module {module} has no {name!r}") from None
+
+
+def _marked(part: Any, role: str | None, on: str) -> Any:
+    """The part itself if it carries a mark, otherwise held to `role`, a loss unless told."""
+    from lossary import roles
+
+    if roles.mark_of(part) is not None:
+        return part
+    if not callable(part):
+        raise BadInput(f"{part!r}: expected a function or a class")
+    role = role or "loss"
+    _one_of("--role", role, sorted(roles.ROLES))
+    if role == "loss":
+        from lossary.roles.loss import FIXTURES
+
+        _one_of("--on", on, sorted(FIXTURES))
+        return roles.loss(on=on)(_positional(part, ("input", "target")))
+    decorator: Callable[[Any], Any] = getattr(roles, role)()
+    return decorator(part)
+
+
+def _positional(part: Any, names: tuple[str, ...]) -> Any:
+    """The function under the names that the battery calls its first arguments by, whatever the author called them."""
+    import functools
+    import inspect
+
+    if isinstance(part, type):
+        return part
+    own = inspect.signature(part)
+    theirs = list(own.parameters)[: len(names)]
+    if len(theirs) < len(names):
+        raise BadInput(f"{part.__name__}: expected at least the arguments {', '.join(names)}, got {own}")
+
+    @functools.wraps(part)
+    def renamed(**given: Any) -> Any:
+        first = [given.pop(name) for name in names]
+        return part(*first, **given)
+
+    return renamed
+
+
+def _console(**options: Any) -> "Console":
+    from rich.console import Console
+
+    return Console(soft_wrap=False, highlight=False, **options)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar with the time left on stderr, where that is a terminal; `advance(text)` after each step."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda text: progress.update(task, advance=1, description=text)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1, default=str))
+
+
+def _hit(hit: catalogue.Entry, role: str | None) -> dict[str, Any]:
+    shown = [p for p in hit["parts"] if role in (None, p["role"])] or hit["parts"]
+    return {
+        **{k: hit[k] for k in ("id", "room", "title", "year", "summary", "helps", "score", "why", "verdict")},
+        "role": shown[0]["role"],
+        "part": shown[0]["name"],
+        "parts": [p["name"] for p in hit["parts"]],
+    }
+
+
+def _roles(paper: catalogue.Entry) -> str:
+    return ", ".join(dict.fromkeys(p["role"] for p in paper["parts"] if p["role"]))
+
+
+def _found(paper: catalogue.Entry) -> str:
+    """The outcomes of a paper's claims, controls left out."""
+    real = [c["name"] for c in paper["claims"] if not c.get("control")]
+    outcomes = [record["outcome"] for name, record in (paper["verdict"] or {}).items() if name in real]
+    counted = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
+    return (
+        ", ".join(f"[{MARKS[o]}]{o}[/]" + (f" x{n}" if n > 1 else "") for o, n in counted.items()) or "[dim]not run[/]"
+    )
+
+
+def _outcome(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "[dim]not run[/]"
+    text = f"[{MARKS[record['outcome']]}]{record['outcome']}[/]"
+    if record["note"]:
+        text += f" ({record['note']})"
+    if record["low"] is not None:
+        text += f": {record['effect']:.3g} {record['unit']} [{record['low']:.3g}, {record['high']:.3g}], {record['n']} seeds"
+    elif record["effect"] is not None:
+        text += f": largest deviation {record['effect']:.3g}"
+    return text.replace(" [", r" \[", 1) if record["low"] is not None else text
+
+
+def _print_verdicts(done: list[dict[str, Any]]) -> None:
+    out = _console()
+    for result in done:
+        if result["outcome"] == "runs":
+            out.print(f"{result['id']}: {result['claim']} runs (smoke; no verdict)")
+            continue
+        out.print(f"{result['id']}: {result['says']}\n  {_outcome(result)}")
+        out.print(
+            f"  [dim]{result['kind']}, threshold {result['threshold']:g} {result['unit']}; {result['scale']}; "
+            f"{result['seconds']} s[/]"
+        )
+    if any(result["outcome"] != "runs" for result in done):
+        from lossary.verdict import expected_by_chance
+
+        out.print(
+            f"[dim]At most {expected_by_chance(len(done)):.2g} of {len(done)} would hold by chance alone. "
+            "Each verdict speaks of its own task and scale only.[/]"
+        )
+
+
+def _chance(papers: list[catalogue.Entry]) -> str:
+    from lossary.verdict import expected_by_chance
+
+    n = sum(len(paper["claims"]) for paper in papers)
+    held = sum(r["outcome"] == "holds" for paper in papers for r in (paper["verdict"] or {}).values())
+    return f"{held} of {n} claims hold; at most {expected_by_chance(n):.2g} would by chance alone."
+
+
+def _print_checks(part: str, results: "list[Result]") -> None:
+    out = _console()
+    for result in results:
+        mark, tail = ("[green]pass[/]", "") if result.passed else ("[red]FAIL[/]", f"\n       {result.message}")
+        if result.passed and result.xfail:
+            mark, tail = "[yellow]known[/]", f"\n       {result.xfail}"
+        out.print(f"{mark}  {result.says}", end="")
+        out.print(tail, markup=False)
+    failed = sum(not result.passed for result in results)
+    out.print(f"{part}: {len(results) - failed} of {len(results)} checks pass.")
+
+
+def _unwrapped(text: str) -> str:
+    """Paragraphs on one line each, so that the terminal wraps them; tables and lists stay as they are."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p if p.lstrip().startswith(("|", "-", "*", " ")) else " ".join(p.split()) for p in paragraphs)

@@ -1,0 +1,18 @@
+"""Stub: being written."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from lossary.roles._mark import mark
+
+P = TypeVar("P")
+
+
+def optimizer(
+    *,
+    examples: tuple[dict[str, Any], ...] = ({},),
+    tune: Mapping[str, tuple[Any, ...]] | None = None,
+    xfail: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Callable[[P], P]:
+    return mark("optimizer", examples=examples, tune=tune, xfail=xfail, **options)

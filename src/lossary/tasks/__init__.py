@@ -1,0 +1,79 @@
+"""What claims and comparisons run on: data, small models with a seed dimension, their training, measures.
+
+Everything that carries randomness takes `Seeds` and gives tensors whose leading dimension S is the seed, so
+that S runs cost little more than one. What is computed for one seed does not depend on the others.
+
+A task is a function whose results verdicts rest on. It has an integer version, raised when its golden
+numbers move: `used()` tells which tasks ran, and at which version, so that a verdict knows when it is stale.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_EXPORTS = {
+    "data": "Data Split breast_cancer diabetes digits mnist5k optdigits_writers page_blocks split wine winequality_red",
+    "measures": "accuracy auroc balanced_accuracy log_loss top_hessian_eigenvalue worst_group_accuracy",
+    "models": "StackedLinear StackedMLP small_cnn stacked_mlp",
+    "seeds": "Seeds",
+    "synthetic": (
+        "Blobs Masks Prompts Scenes blurred_masks crowded_boxes flip_labels gaussian_blobs"
+        " linear_regression_prompts long_tail spurious_groups"
+    ),
+    "training": "PerSeed cross_entropy fit per_seed",
+    "workers": "JobError run_all",
+}
+_HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
+
+_versions: dict[str, int] = {}
+_used: dict[str, int] = {}
+
+
+def task(*, version: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Mark a function as a task at an integer version; each call of it is noted for `used`."""
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        name = function.__name__
+        _versions[name] = version
+
+        @wraps(function)
+        def noted(*args: P.args, **kwargs: P.kwargs) -> R:
+            _used[name] = version
+            return function(*args, **kwargs)
+
+        return noted
+
+    return register
+
+
+def used() -> dict[str, int]:
+    """Name and version of the tasks called in this process since `forget`, by name."""
+    return dict(sorted(_used.items()))
+
+
+def forget() -> None:
+    """Start a new account of what is `used`."""
+    _used.clear()
+
+
+def versions() -> dict[str, int]:
+    """Name and present version of every task here, called or not, by name."""
+    for module in _EXPORTS:
+        import_module(f"{__name__}.{module}")
+    return dict(sorted(_versions.items()))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "forget", "task", "used", "versions"])
