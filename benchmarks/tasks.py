@@ -1,6 +1,6 @@
 """Ten seeds trained as one stack against the same ten trained one after another, on one thread.
 
-    python benchmarks/tasks.py
+python benchmarks/tasks.py
 """
 
 import statistics

@@ -90,7 +90,7 @@ def test_a_name_exported_twice_is_refused(package):
 
 def test_a_part_called_like_its_file_is_refused(package):
     write(package, "nothing_loss", "nothing_loss")
-    with pytest.raises(CatalogueError, match="call the file nothing_loss_.py"):
+    with pytest.raises(CatalogueError, match=r"call the file nothing_loss_\.py"):
         catalogue.entries(package)
     (package / "losses" / "nothing_loss.py").rename(package / "losses" / "nothing_loss_.py")
     assert catalogue.entries(package)[0]["id"] == "nothing-loss"

@@ -9,19 +9,18 @@ from lossary.verdict import threshold
 CLAIMS = [(paper["id"], claim["name"]) for paper in catalogue.entries() for claim in paper["claims"]]
 
 
-@pytest.fixture
-def registered(request):
-    paper = catalogue.entry(request.param[0])
-    return next(claim for claim in runner.claims_of(paper) if claim.name == request.param[1])
+def registered(paper_id, name):
+    return next(claim for claim in runner.claims_of(catalogue.entry(paper_id)) if claim.name == name)
 
 
-@pytest.mark.parametrize("registered", CLAIMS, indirect=True)
-def test_the_claim_runs(registered):
-    runner.smoke(registered)
+@pytest.mark.parametrize(("paper_id", "name"), CLAIMS)
+def test_the_claim_runs(paper_id, name):
+    runner.smoke(registered(paper_id, name))
 
 
-@pytest.mark.parametrize("registered", CLAIMS, indirect=True)
-def test_the_registration_is_complete(registered):
-    threshold(registered.kind, registered.metric, **runner.registration(registered))
-    assert registered.scale
-    assert registered.says
+@pytest.mark.parametrize(("paper_id", "name"), CLAIMS)
+def test_the_registration_is_complete(paper_id, name):
+    claim = registered(paper_id, name)
+    threshold(claim.kind, claim.metric, **runner.registration(claim))
+    assert claim.scale
+    assert claim.says

@@ -61,7 +61,7 @@ def _references(paper: Entry) -> Iterator[str]:
 
 def _late_registrations(paper: Entry) -> Iterator[str]:
     """Runs whose claim, as it was run, was not yet committed in the commit before the one that brought the result."""
-    claim, verdict = (str(p.relative_to(ROOT)) for p in (catalogue.claim_file(paper), runner.verdict_file(paper)))
+    claim, verdict = (str(p.relative_to(ROOT)) for p in (catalogue.claim_file(paper), catalogue.verdict_file(paper)))
     before: list[Any] = []
     steps = [(commit, f"{commit}^") for commit in _git("log", "--reverse", "--format=%H", "--", verdict).split()]
     for commit, parent in [*steps, ("", "HEAD")]:
@@ -69,7 +69,7 @@ def _late_registrations(paper: Entry) -> Iterator[str]:
         registered = _fingerprint_at(parent, claim)
         for record in runs[len(before) :]:
             if record["code"]["claim"] != registered:
-                yield f"claim {record['claim']} was registered after the fact: commit the claim before running it in full"
+                yield f"claim {record['claim']} was registered after the fact: commit a claim before its full run"
         before = runs
 
 

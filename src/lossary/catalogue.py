@@ -77,7 +77,7 @@ def entries(package: Path = PACKAGE) -> list[Entry]:
         found += sorted(papers, key=lambda paper: paper["id"])
     for paper in found:
         paper["claims"] = cache.claims(paper)
-        paper["verdict"] = _verdict(package, paper)
+        paper["verdict"] = cache.verdict(paper)
     cache.save()
     return found
 
@@ -286,19 +286,18 @@ def _tokens(node: ast.AST) -> Iterator[str]:
 
 def _read_claims(path: Path) -> dict[str, Any]:
     tree = ast.parse(path.read_text("utf-8"), str(path))
-    claims = []
-    for node in tree.body:
-        for decorator in getattr(node, "decorator_list", ()):
-            if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "claim":
-                claims.append({"name": node.name, **_literals(decorator, path)})  # type: ignore[attr-defined]
+    claims = [
+        {"name": node.name, **_literals(decorator, path)}
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "claim"
+    ]
     return {"claims": claims, "code": fingerprint(tree)}
 
 
-def _verdict(package: Path, paper: Entry) -> dict[str, Any] | None:
-    """The outcome of each claim's latest run, or None before any run."""
-    path = package / "verdicts" / paper["room"] / f"{paper['id']}.json"
-    if not path.exists():
-        return None
+def _read_verdict(path: Path) -> dict[str, Any]:
+    """The outcome of each claim's latest run."""
     latest: dict[str, Any] = {}
     for record in json.loads(path.read_text("utf-8"))["runs"]:
         latest[record["claim"]] = {k: record.get(k) for k in ("outcome", "note", "effect", "low", "high", "unit", "n")}
@@ -327,6 +326,10 @@ class _Cache:
         path = claim_file(paper, self.package)
         return list(self._get(path, lambda: _read_claims(path))["claims"]) if path.exists() else []
 
+    def verdict(self, paper: Entry) -> dict[str, Any] | None:
+        path = verdict_file(paper, self.package)
+        return dict(self._get(path, lambda: _read_verdict(path))) if path.exists() else None
+
     def save(self) -> None:
         if not self.fresh:
             return
@@ -350,7 +353,12 @@ class _Cache:
 
 def claim_file(paper: Entry, package: Path = PACKAGE) -> Path:
     """Where the paper's claims are registered."""
-    return package / "claims" / paper["room"] / f"{paper['id'].replace('-', '_')}.py"
+    return package / "claims" / str(paper["room"]) / f"{paper['id'].replace('-', '_')}.py"
+
+
+def verdict_file(paper: Entry, package: Path = PACKAGE) -> Path:
+    """Where all full runs of the paper's claims are kept."""
+    return package / "verdicts" / str(paper["room"]) / f"{paper['id']}.json"
 
 
 # --- search ---------------------------------------------------------------------------------------------------

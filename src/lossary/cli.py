@@ -132,8 +132,11 @@ def claim(
         raise BadInput("ID: give one paper's id, or --all")
     if smoke and record:
         raise BadInput("--record: a smoke run has no verdict to record; leave out one of --smoke and --record")
+    import torch
+
     from lossary.claims import runner
 
+    torch.set_num_threads(1)  # small models only wait on a second thread
     papers = catalogue.entries() if everything else [_paper(paper_id or "")]
     jobs = [(paper, c) for paper in papers for c in runner.claims_of(paper) if name in (None, c.name)]
     if not jobs:
@@ -344,10 +347,11 @@ def _outcome(record: dict[str, Any] | None) -> str:
     if record["note"]:
         text += f" ({record['note']})"
     if record["low"] is not None:
-        text += f": {record['effect']:.3g} {record['unit']} [{record['low']:.3g}, {record['high']:.3g}], {record['n']} seeds"
+        interval = rf"\[{record['low']:.3g}, {record['high']:.3g}]"
+        text += f": {record['effect']:.3g} {record['unit']} {interval}, {record['n']} seeds"
     elif record["effect"] is not None:
         text += f": largest deviation {record['effect']:.3g}"
-    return text.replace(" [", r" \[", 1) if record["low"] is not None else text
+    return text
 
 
 def _print_verdicts(done: list[dict[str, Any]]) -> None:

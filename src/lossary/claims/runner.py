@@ -74,20 +74,15 @@ def smoke(claim: Claim) -> Arms:
     return arms
 
 
-def verdict_file(paper: Entry, package: Path = PACKAGE) -> Path:
-    """Where the paper's runs are kept."""
-    return package / "verdicts" / str(paper["room"]) / f"{paper['id']}.json"
-
-
 def runs(paper: Entry, package: Path = PACKAGE) -> list[Record]:
     """All full runs of the paper's claims, oldest first."""
-    path = verdict_file(paper, package)
+    path = catalogue.verdict_file(paper, package)
     return list(json.loads(path.read_text("utf-8"))["runs"]) if path.exists() else []
 
 
 def append(paper: Entry, record: Record) -> Path:
     """Add a run to the paper's verdict file."""
-    path = verdict_file(paper)
+    path = catalogue.verdict_file(paper)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(r, ensure_ascii=False) for r in [*runs(paper), record]]
     draft = path.with_suffix(".draft")

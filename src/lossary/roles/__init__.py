@@ -9,7 +9,7 @@ from lossary.roles.measure import measure
 from lossary.roles.optimizer import optimizer
 from lossary.roles.penalty import penalty
 from lossary.roles.perturbation import perturbation
-from lossary.roles.procedure import procedure
+from lossary.roles.procedure import Procedure, advance, procedure
 from lossary.roles.registry import ROLES, check
 from lossary.roles.score import score
 from lossary.roles.selector import selector
@@ -19,7 +19,9 @@ from lossary.roles.weighting import weighting
 __all__ = [
     "ROLES",
     "Mark",
+    "Procedure",
     "Result",
+    "advance",
     "check",
     "estimator",
     "layer",

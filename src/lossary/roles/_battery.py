@@ -11,6 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,7 +203,7 @@ def refuses_inputs(case: Case) -> None:
     for name, inputs in case.wrong():
         given = inputs[name]
         what = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else repr(given)
-        _demand_refusal(lambda inputs=inputs: case.call(inputs), name, what)
+        _demand_refusal(partial(case.call, inputs), name, what)
 
 
 def refuses_hyper(case: Case) -> None:
@@ -215,7 +216,7 @@ def refuses_hyper(case: Case) -> None:
             wrong = float("nan")
         elif not isinstance(value, str):
             continue
-        _demand_refusal(lambda name=name, wrong=wrong: case.call(case.inputs(), **{name: wrong}), name, repr(wrong))
+        _demand_refusal(partial(case.call, case.inputs(), **{name: wrong}), name, repr(wrong))
 
 
 def tensor_hyper(case: Case) -> None:
@@ -244,7 +245,7 @@ def documented(case: Case) -> None:
     """The docstring names every parameter and its example runs."""
     text = inspect.getdoc(case.part) or ""
     if isinstance(case.part, type):
-        text += inspect.getdoc(case.part.__init__) or ""
+        text += inspect.getdoc(vars(case.part).get("__init__")) or ""
     missing = [name for name in inspect.signature(case.part).parameters if name not in text]
     demand(not missing, f"the docstring does not mention {', '.join(missing)}")
     examples = [e for t in _doctests(case.part) for e in t.examples]
@@ -273,7 +274,7 @@ SHARED = (
 def _doctests(part: Any) -> list[doctest.DocTest]:
     module = inspect.getmodule(part)
     scope = vars(module) if module else {}
-    return [t for t in doctest.DocTestFinder(recurse=False).find(part, part.__name__, globs=dict(scope))]
+    return doctest.DocTestFinder(recurse=False).find(part, part.__name__, globs=dict(scope))
 
 
 def _demand_refusal(call: Callable[[], Any], name: str, given: str) -> None:

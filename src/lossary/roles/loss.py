@@ -68,7 +68,7 @@ class LossCase(Case):
 
     def inputs(self, dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = ()) -> dict[str, Any]:
         inputs: dict[str, Any] = FIXTURES[self.mark.options["on"]](dtype, lead)
-        call = self.part.forward if isinstance(self.part, type) else self.part
+        call: Any = getattr(self.part, "forward", self.part)
         if "index" in inspect.signature(call).parameters:
             inputs["index"] = torch.arange(BATCH)
         return inputs

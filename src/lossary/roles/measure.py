@@ -1,11 +1,9 @@
 """Measures: `m(...) -> number or curve`, a figure of merit computed from predictions."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from lossary.roles._battery import SHARED, Case, Role, demand, same, tensor_hyper, tensors
 from lossary.roles._mark import Mark, mark
@@ -53,7 +51,7 @@ class MeasureCase(Case):
         for name, value in good.items():
             yield name, {**good, name: value[0]}
             if value.is_floating_point():
-                yield name, {**good, name: value.to(torch.complex64)}
+                yield name, {**good, name: value.long()}
 
 
 def known_value(case: MeasureCase) -> None:

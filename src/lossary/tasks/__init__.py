@@ -61,7 +61,7 @@ def forget() -> None:
 
 
 def versions() -> dict[str, int]:
-    """Name and present version of every task here, called or not, by name."""
+    """Name and present version of every task, called or not, by name: those here and any defined since."""
     for module in _EXPORTS:
         import_module(f"{__name__}.{module}")
     return dict(sorted(_versions.items()))

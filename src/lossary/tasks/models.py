@@ -49,7 +49,8 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]))
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.unsqueeze(1), input, self.weight.mT)
+        # Weight first: its gradient then comes out in the weight's own layout, which saves a copy in each step.
+        return torch.baddbmm(self.bias.unsqueeze(2), self.weight, input.mT).mT
 
     def replica(self, s: int) -> nn.Linear:
         """A copy of layer s, as it now is."""
@@ -67,7 +68,12 @@ class StackedLinear(nn.Module):
 
 
 class StackedMLP(nn.Sequential):
-    """Stacked linear layers with activations between: (S, batch, d) to (S, batch, k)."""
+    """Stacked linear layers with activations between: (S, batch, d) to (S, batch, k), contiguous."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for module in self:
+            input = module(input)
+        return input.contiguous()
 
     def replica(self, s: int) -> nn.Sequential:
         """A plain copy of the model of the seed at position s, as it now is: (batch, d) to (batch, k)."""

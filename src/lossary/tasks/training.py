@@ -77,13 +77,14 @@ def fit(
         train = torch.arange(n).expand(stack, -1)
     elif train.ndim != 2 or len(train) != stack:
         raise ValueError(f"train: expected row numbers ({stack}, n), got shape {tuple(train.shape)}")
+    if selector is not None and len(selector) != stack:
+        raise ValueError(f"selector: expected one for each of {stack} seeds, got {len(selector)}")
     train = train.to(x.device)
     x_rows, y_rows = _gather(x, x_stacked), _gather(y, y_stacked)
     group_rows = None if group is None else _gather(group, group.ndim == 2)
     if optimizer is None:
-        made: Any = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    else:
-        made = optimizer(model.parameters())
+        optimizer = partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    made: Any = optimizer(model.parameters())
 
     batches = _shuffled(train.shape[1], seeds.torch("order"), batch) if selector is None else _selected(selector, batch)
 
@@ -145,9 +146,9 @@ class PerSeed(nn.Module):
 def per_seed(make: Callable[[int], Any], seeds: Seeds) -> PerSeed:
     """Keep one copy for each seed of a part that couples the batch, has a state or does not stack.
 
-    Such a part sees one replica, (batch, ...). It may be a loss, weighting, penalty or selector, or a whole
-    model: the result is a module whose parameters and buffers are those of all copies. A pure function
-    needs no copies: `torch.vmap` stacks it faster.
+    Such a part sees one replica, (batch, ...). It may be a loss, a weighting, a selector or a whole model: the
+    result is a module whose parameters and buffers are those of all copies. A pure function needs no copies:
+    `torch.vmap` stacks it faster.
 
     Args:
         make: gives the part for the seed at position s, 0 to S - 1.

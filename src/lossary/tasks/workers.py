@@ -11,12 +11,10 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-import torch
-
 J = TypeVar("J")
 R = TypeVar("R")
 
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # read by libraries as they load
 
 
 class JobError(RuntimeError):
@@ -52,6 +50,8 @@ def run_all(function: Callable[[J], R], jobs: Iterable[J], *, workers: int | Non
 
 
 def _inline(function: Callable[[J], R], jobs: list[J]) -> Iterator[tuple[J, R]]:
+    import torch  # workers do without it where the jobs do
+
     threads = torch.get_num_threads()
     for job in jobs:
         torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def _spread(function: Callable[[J], R], jobs: list[J], workers: int) -> Iterator
     processes = []
     outside = {name: os.environ.get(name) for name in _THREADS}
     try:
-        os.environ.update(dict.fromkeys(_THREADS, "1"))  # read when a worker first loads its libraries
+        os.environ.update(dict.fromkeys(_THREADS, "1"))
         try:
             for _ in range(workers):
                 ours, theirs = context.Pipe()
@@ -98,7 +98,7 @@ def _spread(function: Callable[[J], R], jobs: list[J], workers: int) -> Iterator
                 yield job, result
     finally:
         for process in processes:
-            process.terminate()
+            process.kill()
         for process in processes:
             process.join()
 
@@ -116,7 +116,6 @@ def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
     """A worker's life: one job after another, until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent acts
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
     while True:
         try:
             job = pickle.loads(connection.recv_bytes())

@@ -1,0 +1,39 @@
+# Everything here sets itself up: a fresh clone with Python 3.11+ and make is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS := 1
+
+.PHONY: help venv compare test quick lint bench stubs
+
+help:
+	@echo "make compare   compare published methods on a real, imbalanced data set (set-up included)"
+	@echo "make test      lint, types and every test"
+	@echo "make quick PAPER=polyloss   one paper's tests"
+	@echo "make bench     measure speed against the peers and write docs/performance.md"
+
+venv: .venv/.done
+
+.venv/.done: pyproject.toml constraints.txt hatch_build.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lossary needs Python 3.11 or newer; name one with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch hatchling editables
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+compare: venv
+	@$(BIN)/lossary compare winequality-red
+
+test: lint
+	$(BIN)/python -m pytest -n auto -q
+
+quick: venv
+	@test -n "$(PAPER)" || { echo "name a paper: make quick PAPER=polyloss"; exit 2; }
+	$(BIN)/python -m pytest -q --paper $(PAPER)
+
+lint: venv
+	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check . && $(BIN)/mypy --no-error-summary
+
+bench: venv
+	$(BIN)/python -m benchmarks

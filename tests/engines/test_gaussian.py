@@ -1,0 +1,55 @@
+"""The engine of the feature-based detectors: sums that add up, and a whitener that is a pseudo-inverse."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import pinvh
+
+from lossary.ood._gaussian import TiedGaussian, as_features, merge, moments, whitening
+
+
+@pytest.mark.parametrize("cut", [1, 20, 59])
+def test_batches_merge_into_the_whole(cut):
+    g = torch.Generator().manual_seed(0)
+    features = 1e3 + torch.randn(60, 3, generator=g, dtype=torch.float64)
+    index = torch.arange(60) // 15  # so that a batch lacks classes
+    whole = moments(features, index, 4)
+    parts = merge(moments(features[:cut], index[:cut], 4), moments(features[cut:], index[cut:], 4))
+    torch.testing.assert_close(parts.counts, whole.counts)
+    torch.testing.assert_close(parts.means, whole.means)
+    torch.testing.assert_close(parts.scatter, whole.scatter, rtol=1e-9, atol=1e-7)
+
+
+def test_classes_move_to_their_new_positions():
+    found = moments(torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 0, 1]), 2).spread(torch.tensor([0, 2]), 3)
+    assert found.counts.tolist() == [2, 0, 1]
+    assert found.means.flatten().tolist() == [2, 0, 8]
+
+
+@pytest.mark.parametrize("rank", [5, 3, 0])
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
+def test_whitener_squares_to_scipys_pseudo_inverse(rank, ridge):
+    half = np.random.default_rng(rank).standard_normal((5, rank))
+    covariance = half @ half.T
+    w = whitening(torch.from_numpy(covariance), ridge).numpy()
+    np.testing.assert_allclose(w @ w.T, pinvh(covariance + ridge * np.eye(5)), atol=1e-9)
+    assert w.shape[1] == (5 if ridge else rank)
+
+
+def test_distances_are_differentiable():
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 3, generator=g, dtype=torch.float64)
+    gaussian = TiedGaussian.of(moments(features, torch.arange(30) % 2, 2))
+    rows = torch.randn(4, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gaussian.distances, (rows,))
+
+
+def test_features_may_be_read_only_integers_or_lists():
+    frozen = np.arange(6).reshape(3, 2)
+    frozen.setflags(write=False)
+    assert as_features("x", frozen).dtype is torch.float64
+    assert as_features("x", [[1, 2]]).tolist() == [[1.0, 2.0]]
+    with pytest.raises(ValueError, match=r"x: expected a floating-point tensor, got torch.int64"):
+        as_features("x", torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x: expected numbers, got an array of <U1"):
+        as_features("x", np.array([["a"]]))

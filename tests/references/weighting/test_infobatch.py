@@ -1,0 +1,89 @@
+"""InfoBatch against expectations worked out by hand, and in a real DataLoader."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lossary.weighting import InfoBatch
+
+LOSSES = torch.tensor([4.0, 0.5, 0.25, 3.0, 0.125, 1.0, 0.0, 0.75])  # mean 1.203: two above, six below
+LOW = torch.tensor([1, 2, 4, 5, 6, 7])
+
+
+def started(seed=0, **hyper):
+    """A sampler that has seen every loss once."""
+    sampler = InfoBatch(len(LOSSES), generator=torch.Generator().manual_seed(seed), **hyper)
+    order = torch.tensor(list(sampler))
+    assert sampler(LOSSES[order], index=order).tolist() == [1.0] * len(LOSSES)  # all alike, so none is below the mean
+    return sampler
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
+def test_an_epoch_is_unbiased_and_saves_the_ratio_of_the_easy_samples(ratio):
+    sampler, rounds = started(epochs=10_000, ratio=ratio, delta=1.0), 1500
+    seen, total = torch.zeros(len(LOSSES)), torch.zeros(len(LOSSES))
+    sampler.eval()  # the losses stay what they are
+    for _ in range(rounds):
+        order = torch.tensor(list(sampler))
+        seen[order] += 1 / rounds
+        total[order] += sampler(LOSSES[order], index=order) / rounds
+    sd = (ratio * (1 - ratio) / rounds) ** 0.5
+    assert seen[[0, 3]].tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert seen[LOW].tolist() == pytest.approx([1 - ratio] * 6, abs=5 * sd)
+    assert total.tolist() == pytest.approx([1.0] * 8, abs=5 * sd / (1 - ratio))
+
+
+def test_samples_are_skipped_independently_of_each_other_and_of_the_last_epoch():
+    sampler, rounds = started(epochs=10_000, delta=1.0), 1500
+    kept = torch.zeros(rounds, len(LOSSES))
+    for epoch in range(rounds):
+        kept[epoch, list(sampler)] = 1
+    sign = 2 * kept[:, LOW] - 1
+    together = torch.cat([sign.T @ sign, sign[1:].T @ sign[:-1]]) / rounds
+    expected = torch.cat([torch.eye(6), torch.zeros(6, 6)])
+    assert (together - expected).abs().max().item() < 5 * rounds**-0.5
+
+
+def test_the_last_epochs_are_whole_and_unweighted():
+    sampler = started(epochs=8, delta=0.8)  # int(0.8 * 8) = 6 epochs are pruned, the first before any loss is known
+    heaviest, sizes = [], []
+    for _ in range(7):
+        sizes.append(len(list(sampler)))
+        heaviest.append(sampler.weights.max().item())
+    assert heaviest == [2.0] * 5 + [1.0] * 2
+    assert sizes[5:] == [8, 8]
+
+
+def test_ratio_zero_is_plain_shuffling():
+    sampler = started(epochs=5, ratio=0.0)
+    epochs = [list(sampler) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert sampler.weights.tolist() == [1.0] * 8
+
+
+def test_it_drives_a_data_loader_and_remembers_each_samples_own_loss():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 3, generator=g), torch.randint(2, (40,), generator=g)
+    data = TensorDataset(x, y, torch.arange(40))
+    sampler = InfoBatch(40, epochs=4, generator=g)
+    loader = DataLoader(data, sampler=sampler, batch_size=8)
+    weight = torch.randn(2, 3, generator=g)
+    for epoch in range(4):
+        promised = len(sampler)
+        expected = torch.where(sampler.scores < sampler.scores.mean(), 2.0, 1.0) if 0 < epoch < 3 else torch.ones(40)
+        seen = 0
+        for xs, ys, index in loader:
+            losses = F.cross_entropy(xs @ weight.T, ys, reduction="none")
+            assert torch.equal(sampler(losses, index=index), expected[index])
+            seen += len(index)
+        assert seen == promised
+    assert sampler.scores.tolist() == pytest.approx(F.cross_entropy(x @ weight.T, y, reduction="none").tolist())
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"ratio: expected a number >= 0 and < 1, got 1.0"):
+        InfoBatch(8, epochs=1, generator=torch.Generator(), ratio=1.0)
+    with pytest.raises(ValueError, match="index: expected shape"):
+        started(epochs=1)(LOSSES, index=LOW)

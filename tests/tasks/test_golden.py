@@ -1,0 +1,103 @@
+"""Golden numbers: a task whose numbers move needs a new version, or verdicts that rest on it would not be stale.
+
+Raise the version at the task's `@task` and here, together with the numbers.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lossary import tasks
+from lossary.tasks import Data, Seeds
+
+SEEDS = Seeds((0, 7))
+
+
+def checksum(*tensors: Tensor) -> float:
+    """A sum that depends on every value and its place."""
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    return float(flat @ torch.cos(torch.arange(len(flat), dtype=torch.float64)))
+
+
+def of_data(data: Data) -> float:
+    return checksum(data.x, data.y) if data.group is None else checksum(data.x, data.y, data.group)
+
+
+def of_parts(result: object) -> float:
+    return checksum(*(value for value in vars(result).values() if isinstance(value, Tensor)))
+
+
+def of_model(model: nn.Module) -> float:
+    return checksum(*model.parameters())
+
+
+def scored() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 50, 3, generator=generator), torch.randint(3, (2, 50), generator=generator)
+
+
+def trained() -> nn.Module:
+    data = tasks.digits()
+    model = tasks.stacked_mlp((64, 16, 10), SEEDS).double()
+    tasks.fit(model, data.x.double(), data.y, loss=tasks.cross_entropy, seeds=SEEDS, steps=30)
+    return model
+
+
+def sharpness() -> Tensor:
+    x, y = tasks.wine().x.double().expand(2, -1, -1), tasks.wine().y.expand(2, -1)
+    model = tasks.stacked_mlp((13, 8, 3), SEEDS, activation="tanh").double()
+    return tasks.top_hessian_eigenvalue(model, x, y, loss=tasks.cross_entropy, seeds=SEEDS, iterations=40)
+
+
+def targets() -> Tensor:
+    return torch.arange(200) % 4
+
+
+GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
+    "accuracy": (1, lambda: checksum(tasks.accuracy(*scored())), 42.04786),
+    "auroc": (1, lambda: checksum(tasks.auroc(scored()[0][..., 1], scored()[1] == 1)), 82.1211963),
+    "balanced_accuracy": (1, lambda: checksum(tasks.balanced_accuracy(*scored())), 44.5369778),
+    "blurred_masks": (1, lambda: of_parts(tasks.blurred_masks(SEEDS, 3)), 33.461927),
+    "breast_cancer": (1, lambda: of_data(tasks.breast_cancer()), 49.7896426),
+    "crowded_boxes": (1, lambda: of_parts(tasks.crowded_boxes(SEEDS, 3)), 156.153295),
+    "diabetes": (1, lambda: of_data(tasks.diabetes()), 52.873351),
+    "digits": (1, lambda: of_data(tasks.digits()), 156.544383),
+    "fit": (1, lambda: of_model(trained()), -10.1835211),
+    "flip_labels": (1, lambda: checksum(*tasks.flip_labels(targets(), 0.3, SEEDS)), -7.60400379),
+    "gaussian_blobs": (1, lambda: of_parts(tasks.gaussian_blobs(SEEDS, 20, classes=3, dimensions=4)), 5.97976999),
+    "linear_regression_prompts": (
+        1,
+        lambda: of_parts(tasks.linear_regression_prompts(SEEDS, 3, noise=0.1)),
+        10.0440723,
+    ),
+    "log_loss": (1, lambda: checksum(tasks.log_loss(*scored())), 2.11327285),
+    "long_tail": (1, lambda: checksum(tasks.long_tail(targets(), 10.0, SEEDS)), -195.330346),
+    "mnist5k": (1, lambda: of_data(tasks.mnist5k()), -19.7690989),
+    "optdigits_writers": (1, lambda: of_data(tasks.optdigits_writers()), -188.193087),
+    "page_blocks": (1, lambda: of_data(tasks.page_blocks()), 166.953796),
+    "small_cnn": (1, lambda: of_model(tasks.small_cnn(3, generator=SEEDS.torch("init")[0])), 1.77439147),
+    "split": (1, lambda: of_parts(tasks.split(tasks.digits(), SEEDS)), 1029.04148),
+    "spurious_groups": (1, lambda: sum(map(of_data, tasks.spurious_groups(SEEDS))), 39.0280627),
+    "stacked_mlp": (1, lambda: of_model(tasks.stacked_mlp((4, 5, 3), SEEDS)), 0.971097844),
+    "top_hessian_eigenvalue": (1, lambda: checksum(sharpness()), 1.863413),
+    "wine": (1, lambda: of_data(tasks.wine()), 5.09965637),
+    "winequality_red": (1, lambda: of_data(tasks.winequality_red()), 42.7299721),
+    "worst_group_accuracy": (
+        1,
+        lambda: checksum(tasks.worst_group_accuracy(*scored(), scored()[1].roll(1, -1))),
+        32.8033568,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name: str) -> None:
+    _, compute, golden = GOLDEN[name]
+    assert compute() == pytest.approx(golden, rel=1e-6, abs=1e-6)
+
+
+def test_every_task_has_its_golden_number() -> None:
+    here = {name: version for name, version in tasks.versions().items() if name in dir(tasks)}
+    assert here == {name: version for name, (version, _, _) in GOLDEN.items()}
