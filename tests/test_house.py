@@ -19,7 +19,7 @@ ARROWS = {
     "errors": set(),
     "require": set(),
     "paper": {"vocabulary"},
-    "criterion": {"require", "losses"},
+    "criterion": {"require", "vocabulary", "losses"},
     "roles": BASE,
     "catalogue": {"vocabulary"},
     "verdict": set(),

@@ -1,6 +1,7 @@
 """The command line. Everything heavy is imported inside the command that needs it, so that search stays instant."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from lossary.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
+    from lossary.compare.result import Comparison
     from lossary.roles import Result
 
 app = typer.Typer(
@@ -47,6 +50,55 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         print(__version__)
         raise typer.Exit
+
+
+@app.command(epilog="Example: lossary compare my.csv --target y --budget 5m")
+def compare(
+    source: Annotated[str, typer.Argument(help="A CSV or TSV file, or the name of a bundled set such as digits.")],
+    target: Annotated[str | None, typer.Option(help="Column to predict; a bundled set has one of its own.")] = None,
+    task: Annotated[str | None, typer.Option(help="classes or real; inferred unless given.")] = None,
+    group: Annotated[str | None, typer.Option(help="Column whose equal values no split may part.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Column to leave out; may be repeated.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Only these parts, papers or conventional arms: a,b,c.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What decides: accuracy, AUROC, log-loss, MAE, ...")] = None,
+    seeds: Annotated[int, typer.Option(help="Of each network in each cell.")] = 5,
+    budget: Annotated[str | None, typer.Option(help="Time to stay within: 90s, 5m, 1h30m.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. [default: lossary-out/NAME]")] = None,
+    only_estimate: Annotated[bool, typer.Option("--estimate", help="Only tell how long it would take.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find out which published part helps on your data, and whether it beats what you would have done anyway.
+
+    A quarter of the rows is locked away first, and the answer rests on them alone. Interrupted, the same command goes
+    on from what is finished.
+    """
+    limit = None if budget is None else _seconds(budget)
+    folder = out or Path("lossary-out") / Path(source).stem
+    options: dict[str, Any] = {"target": target, "task": task, "group": group, "drop": drop or (), "metric": metric}
+    options |= {"arms": [name.strip() for name in (arms or "").split(",") if name.strip()], "seeds": seeds}
+    try:
+        with _counted("reading the data") as progress:
+            from lossary.compare import run
+
+            if only_estimate:
+                seconds, plan = run.estimate(source, budget=limit, out=folder, progress=progress, **options)
+            else:
+                found = run.compare(source, budget=limit, out=folder, progress=progress, **options)
+    except KeyboardInterrupt:
+        print(f"lossary: interrupted; the same command goes on from what is in {folder}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if only_estimate:
+        told = {"seconds": round(seconds), "cores": run.cores(), "arms": [arm.name for arm in plan.arms]}
+        if as_json:
+            _print_json(told)
+        else:
+            print(f"About {told['seconds']} s on {told['cores']} cores for {len(plan.arms)} arms, less if some are dropped.")
+    elif as_json:
+        from lossary.compare.report import to_json
+
+        print(to_json(found))
+    else:
+        _print_comparison(found, folder)
 
 
 @app.command(epilog='Example: lossary find "noisy labels, few positives"')
@@ -288,9 +340,7 @@ def _console(**options: Any) -> "Console":
     return Console(soft_wrap=False, highlight=False, **options)
 
 
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar with the time left on stderr, where that is a terminal; `advance(text)` after each step."""
+def _bar() -> "Progress":
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -307,9 +357,68 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
+    return Progress(*columns, console=_console(stderr=True), transient=True)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar with the time left on stderr, where that is a terminal; `advance(text)` after each step."""
+    with _bar() as progress:
         task = progress.add_task(what, total=total)
         yield lambda text: progress.update(task, advance=1, description=text)
+
+
+@contextmanager
+def _counted(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """As `_progress`, for work whose total becomes known as it goes: `tell(done, total, text)`."""
+    with _bar() as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total, text: progress.update(task, completed=done, total=total, description=text)
+
+
+def _seconds(text: str) -> float:
+    """90, 90s, 5m or 1h30m in seconds."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    seconds = sum(int(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    if not seconds:
+        raise BadInput(f"--budget: expected a time such as 90s, 5m or 1h30m, got {text!r}")
+    return float(seconds)
+
+
+def _print_comparison(found: "Comparison", folder: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from lossary.compare.confirm import bounds, figure
+
+    out, metric, data = _console(), found.metric, found.data
+    for note in found.notes:
+        out.print(f"[dim]{escape(note)}[/]")
+    protocol = "{partitions} x {folds} cells, {seeds} seeds, {settings} configurations each".format(**found.protocol)
+    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left", title_style="", caption_justify="left")
+    table.title = (
+        f"{escape(data['name'])}: {metric['name']}, {metric['better']} is better ({metric['why']}); "
+        f"{data['rows'] - data['locked']:,} rows searched, {data['locked']:,} locked"
+    )
+    table.caption = f"Exploratory: {protocol}; leads over the best conventional arm with 95% intervals; p by Holm."
+    for column in ("arm", metric["name"], "lead", "95% interval", "p", ""):
+        right = column in (metric["name"], "lead", "p")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for arm in found.arms:
+        lead = arm.against_baseline
+        table.add_row(
+            escape(arm.name) if arm.part else f"[yellow]{escape(arm.name)}[/]",
+            f"{arm.score:.4g}",
+            figure(lead.difference, lead, sign=True) if lead else "baseline" if arm.conventional else "",
+            bounds(lead) if lead else "",
+            "" if arm.p_holm is None else f"{arm.p_holm:.2g}",
+            f"[dim]{escape(arm.dropped)}[/]",
+        )
+    out.print(table)
+    out.print(f"\n[bold]{escape(found.sentence)}[/]")
+    if found.own:
+        out.print(escape(found.own))
+    out.print(f"[dim]{len(found.skipped)} parts skipped, each with its reason in the report: {folder / 'report.html'}[/]")
 
 
 def _print_json(value: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lossary import require
+from lossary.vocabulary import asked
 
 
 class Criterion(nn.Module):
@@ -27,7 +28,7 @@ class Criterion(nn.Module):
         **hyper: the loss's hyper-parameters.
 
     Raises:
-        ValueError: an unknown reduction; with `check`, bad values.
+        ValueError: an unknown reduction, a hyper-parameter that the loss does not take; with `check`, bad values.
 
     >>> import torch
     >>> from lossary.losses import poly1_cross_entropy
@@ -48,6 +49,7 @@ class Criterion(nn.Module):
     ) -> None:
         super().__init__()
         require.one_of("reduction", reduction, ("mean", "sum", "none"))
+        _refuse_unknown(loss, hyper)
         self.loss = loss(**hyper) if isinstance(loss, type) else loss
         self.hyper = {} if isinstance(loss, type) else hyper
         self.weighting, self.reduction, self.class_dim, self.check = weighting, reduction, class_dim, check
@@ -58,12 +60,10 @@ class Criterion(nn.Module):
             input = input.movedim(self.class_dim, -1)
         if self.check:
             self._check_values(input, target)
-        for_loss = {k: v for k, v in tensors.items() if k in _parameters(self.loss)}
-        values = self.loss(input, target, **for_loss, **self.hyper)
+        values = self.loss(input, target, **asked(self.loss, tensors), **self.hyper)
         if self.weighting is not None:
-            offered = {**tensors, "target": target}
-            accepted = {k: v for k, v in offered.items() if k in _parameters(self.weighting)}
-            values = self.weighting(values.detach(), **accepted) * values
+            offered = asked(self.weighting, {**tensors, "target": target})
+            values = self.weighting(values.detach(), **offered) * values
         return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[self.reduction]()
 
     def _check_values(self, input: Tensor, target: Tensor) -> None:
@@ -80,7 +80,21 @@ class Criterion(nn.Module):
 
     def extra_repr(self) -> str:
         hyper = "".join(f", {k}={v!r}" for k, v in self.hyper.items())
-        return f"{getattr(self.loss, '__name__', self.loss)}{hyper}, reduction={self.reduction!r}"
+        return f"{_name(self.loss)}{hyper}, reduction={self.reduction!r}"
+
+
+def _refuse_unknown(loss: Any, hyper: dict[str, Any]) -> None:
+    parameters = _parameters(loss)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    takes = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in hyper:
+        if name not in parameters:
+            raise ValueError(f"{name}: {_name(loss)} takes {', '.join(takes) or 'no hyper-parameters'}")
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def _parameters(call: Any) -> Any:

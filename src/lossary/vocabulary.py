@@ -41,6 +41,14 @@ class MissingFact(LookupError):
     """A part needs a fact that the profile at hand does not have; the message names it."""
 
 
+def asked(call: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the keyword arguments on offer (index, group, mask, ...), those that a part names; all if it takes any."""
+    parameters = inspect.signature(getattr(call, "forward", call)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(offered)
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
 def fill(part: Callable[..., Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The profile facts that `part` asks for by parameter name.
 

@@ -1,10 +1,11 @@
 """PolyLoss: cross-entropy read as a power series in 1 - p_y, with its first coefficients retuned.
 
 Cross-entropy is the sum of (1 - p_y)^j / j over j >= 1. PolyLoss moves the first few of these coefficients,
-most often only the first (Poly-1): a positive epsilon pushes harder on samples that are still uncertain, a
-negative one trusts them less. Try it when plain cross-entropy is what you have and you can afford to try three
-or four values of epsilon; the paper finds about 2 for ImageNet and -1 for heavily imbalanced detection heads.
-It will not repair wrong labels: with epsilon > 0 it insists on them more, not less.
+most often only the first (Poly-1), which multiplies cross-entropy's pull on a sample by 1 + epsilon p_y: a positive
+epsilon favours samples that already lean the right way, a negative one those that do not, as the focal loss does.
+Try it when plain cross-entropy is what you have and three or four values of epsilon can be tried; the paper finds
+about 2 for ImageNet and -1 for heavily imbalanced detection heads. The best value depends on the task, and no
+single one is safe to adopt untried.
 """
 
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ def as_features(name: str, x: Any, width: int | None = None) -> Float[Tensor, "r
     if x.ndim < 2 or 0 in x.shape or width not in (None, x.shape[1]):
         wanted = "(rows, features)" if width is None else f"(rows, {width})"
         raise ValueError(f"{name}: expected {wanted}, neither empty, got shape {tuple(x.shape)}")
-    if not bool(x.isfinite().all()):
+    if not torch.stack(x.detach().aminmax()).isfinite().all():  # far faster than isfinite on x, and NaN goes through
         raise ValueError(f"{name}: contains NaN or infinite values")
     return x.flatten(2).mean(2) if x.ndim > 2 else x
 

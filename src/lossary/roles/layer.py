@@ -103,7 +103,7 @@ def gradient(case: LayerCase) -> None:
 def learns(case: LayerCase) -> None:
     """Every weight that asks for a gradient gets one."""
     made = case.module()
-    if made is None:
+    if made is None or not any(w.requires_grad for w in made.parameters()):
         return
     sum(y.sum() for y in tensors(made(**case.inputs())) if y.requires_grad).backward()
     idle = [name for name, w in made.named_parameters() if w.requires_grad and w.grad is None]

@@ -1,6 +1,5 @@
 """Losses: `f(input, target, *, <tensors>, <hyper>) -> (*batch)`, one value per sample, never reduced."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lossary.roles._battery import SHARED, Case, Role, demand, same
 from lossary.roles._mark import mark
+from lossary.vocabulary import asked
 
 P = TypeVar("P")
 
@@ -68,10 +68,8 @@ class LossCase(Case):
 
     def inputs(self, dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = ()) -> dict[str, Any]:
         inputs: dict[str, Any] = FIXTURES[self.mark.options["on"]](dtype, lead)
-        call: Any = getattr(self.part, "forward", self.part)
-        if "index" in inspect.signature(call).parameters:
-            inputs["index"] = torch.arange(BATCH)
-        return inputs
+        further = {"index": torch.arange(BATCH), "perturbed": inputs["input"].flip(-1)}
+        return inputs | asked(self.part, further)
 
     def wrong(self) -> Iterable[tuple[str, dict[str, Any]]]:
         good = self.inputs()

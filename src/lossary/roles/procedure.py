@@ -46,6 +46,8 @@ BATCH, STACK = 6, 2
 class Procedure(nn.Module):
     """Base class of procedures. All state is parameters and buffers, so that `state_dict` holds a run whole.
 
+    `forward(x)` is what one deploys.
+
     One that can be an arm of `compare` has besides
 
         @classmethod
@@ -75,8 +77,6 @@ class Procedure(nn.Module):
 
     def after(self, player: str, *, step: int) -> None:
         """What follows the player's update: moving averages, copies, aggregation. By default nothing."""
-
-    # forward(x) is what one deploys.
 
 
 def advance(

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from lossary import require
 from lossary.tasks import task
 from lossary.tasks.seeds import Seeds
+from lossary.vocabulary import asked
 
 
 def cross_entropy(input: Tensor, target: Tensor) -> Tensor:
@@ -57,8 +58,8 @@ def fit(
             work too. None is SGD with `lr`, `momentum` and `weight_decay`, which apply to nothing else.
         train: (S, n) row numbers of the training part; None is all rows.
         group: (N,) or (S, N), passed on to `weighting`.
-        weighting: weighting(values, target=, group=, index=), all (S, batch), gives weights (S, batch). The
-            values carry no gradient; `group` is None where there is none. `index` counts within the
+        weighting: weighting(values, target=, group=, index=), all (S, batch), gives weights (S, batch); it is
+            handed those that it names. The values carry no gradient; `group` is None where there is none. `index` counts within the
             training part, from 0 to n - 1. One that keeps a state or couples the batch: see `per_seed`.
         selector: for each seed an iterable of positions within the training part, such as a
             `torch.utils.data.Sampler`; iterated anew whenever it ends. None runs through one permutation
@@ -97,8 +98,9 @@ def fit(
         if values.shape != index.shape:
             raise ValueError(f"loss: expected values per sample, {tuple(index.shape)}, got {tuple(values.shape)}")
         if weighting is not None:
-            groups = None if group_rows is None else group_rows(rows)
-            values = values * weighting(values.detach(), target=target, group=groups, index=index)
+            offered = {"target": target, "group": None if group_rows is None else group_rows(rows), "index": index}
+            one = weighting[0] if isinstance(weighting, PerSeed) else weighting
+            values = values * weighting(values.detach(), **asked(one, offered))
         total = values.mean(1).sum()
         if penalty is not None:
             total = total + penalty(model, inputs, target).sum()

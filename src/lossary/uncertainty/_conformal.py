@@ -14,6 +14,8 @@ ROUNDING = 1e-12  # relative; a mean that misses its level by less has met it
 
 def falling(losses: NDArray) -> NDArray:
     """Each row (n, G) replaced by its running maximum from the right: the smallest loss above it that falls."""
+    if (losses[:, 1:] <= losses[:, :-1]).all():  # as a rule; to look is five times as fast as to accumulate
+        return losses
     return np.maximum.accumulate(losses[:, ::-1], axis=1)[:, ::-1]
 
 

@@ -162,7 +162,10 @@ class CompressedCoTeaching(Procedure):
         """From networks that are `torch.nn.Sequential`: nested dropout goes in before their last layer."""
 
         def compressed(name: str) -> nn.Module:
-            *features, classifier = model(name)
+            network = model(name)
+            if not isinstance(network, nn.Sequential):
+                raise ValueError(f"model: expected torch.nn.Sequential networks, got {type(network).__name__}")
+            *features, classifier = network
             return nn.Sequential(*features, NestedDropout(sigma=sigma), classifier)
 
         return cls(compressed("first"), compressed("second"), loss, **{**fill(cls, profile), **hyper})

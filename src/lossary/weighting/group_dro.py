@@ -102,7 +102,7 @@ class GroupDRO(nn.Module):
         if self.training:
             gain = torch.where(count > 0, total / each + self.gap, 0)
             self.q.copy_((self.q.log() + self.step_size * gain).softmax(0))
-        return (self.q * count.sum() / each)[group].to(losses.dtype)
+        return (self.q * count.sum() / each).index_select(0, group).to(losses.dtype)
 
 
 @measure(

@@ -100,8 +100,8 @@ class InfoBatch(nn.Module, Sampler[int]):
         require.floating("losses", losses, dims=1)
         require.integers("index", index, shape=losses.shape)
         if self.training:
-            self.scores[_from_all(index)] = _from_all(losses).to(self.scores.dtype)
-        return self.weights[index].to(losses.dtype)
+            self.scores.index_copy_(0, _from_all(index), _from_all(losses).to(self.scores.dtype))
+        return self.weights.index_select(0, index).to(losses.dtype)
 
     def __iter__(self) -> Iterator[int]:
         kept, weights = self._next_epoch()

@@ -84,8 +84,8 @@ def test_state_and_seed_are_kept():
     assert not torch.equal(one.key, other.key)
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.effective_matrix(), other.effective_matrix())
-    again = LinearSelfAttention(4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(one.value, again.value)
+    wider = LinearSelfAttention(4, scale=0.3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(wider.value, 3 * one.value)
 
 
 def test_refusals_name_the_argument(g):

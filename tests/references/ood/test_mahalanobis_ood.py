@@ -93,6 +93,15 @@ def test_weights_are_a_logistic_regression_on_standardised_layer_scores(sample):
     assert np.ptp(got - expected) < 1e-9  # equal but for the intercept
 
 
+def test_a_layer_without_variance_gets_no_say(sample):
+    features, labels, rows = sample
+    detector = MahalanobisDetector().fit([features, np.ones((90, 2))], labels)
+    detector.fit_weights([features, np.ones((90, 2))], [4 * features, np.ones((90, 2))])
+    assert detector.weights_[1] == 0
+    expected = detector.weights_[0] * MahalanobisDetector().fit(features, labels).anomaly_score(rows)
+    np.testing.assert_allclose(detector.anomaly_score([rows, np.ones((20, 2))]), expected, rtol=1e-9)
+
+
 def test_preprocessing_steps_against_the_gradient_worked_by_hand(sample):
     features, labels, _ = sample
     rng = np.random.default_rng(2)
@@ -123,12 +132,14 @@ def test_each_layer_is_perturbed_for_itself(sample):
     assert torch.equal(together["b"], alone.perturbed_features(lambda t: t.flip(1), x, epsilon=0.1)[0])
 
 
-def test_classifier_is_linear_discriminant_analysis_with_equal_priors(sample):
-    features, labels, rows = sample
+def test_classifier_is_linear_discriminant_analysis_with_equal_priors():
+    rng = np.random.default_rng(5)
+    labels = rng.integers(3, size=90)
+    features, rows = rng.standard_normal((90, 4)) + labels[:, None] / 2, rng.standard_normal((30, 4)) + 0.5
     names = np.array(["ant", "bee", "cat"])[labels]
     reference = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(features, names)
     classifier = MahalanobisClassifier().fit(features, names)
-    np.testing.assert_allclose(classifier.predict_proba(rows), reference.predict_proba(rows), rtol=1e-7, atol=1e-12)
+    np.testing.assert_allclose(classifier.predict_proba(rows), reference.predict_proba(rows), rtol=1e-9)
     assert (classifier.predict(rows) == reference.predict(rows)).all()
 
 
@@ -173,6 +184,8 @@ def test_refusals_name_the_argument(sample):
         MahalanobisDetector(ridge=-1.0).fit(features, labels)
     with pytest.raises(ValueError, match=r"x: expected \(rows, 4\), neither empty, got shape \(2, 3\)"):
         MahalanobisDetector().fit(features, labels).anomaly_score(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"tpr: expected a number > 0 and <= 1, got 1.5"):
+        tnr_at_tpr(torch.ones(3), torch.ones(3), tpr=1.5)
     with pytest.raises(ValueError, match=r"y: expected an int64 tensor"):
         MahalanobisClassifier().fit(torch.from_numpy(features), torch.from_numpy(labels).double())
 

@@ -122,12 +122,18 @@ def test_scikit_learn_drives_it_and_the_promise_holds_on_folds():
     assert 0.1 - 4 * loss.std() / math.sqrt(2000) - 1 / 200 < loss.mean() < 0.1 + 4 * loss.std() / math.sqrt(2000)
 
 
-def test_best_answer_in_a_set_counts():
-    sets = torch.tensor([[True, False, True], [False, False, False]])
-    quality = torch.tensor([[0.25, 1.0, 0.5], [1.0, 1.0, 1.0]])
-    assert best_of_set_loss(sets, quality).tolist() == [0.5, 1.0]
-    control = ConformalRiskControl(alpha=0.5, loss=best_of_set_loss, grid=11)
+@pytest.mark.parametrize("kind", [np.asarray, lambda rows: torch.from_numpy(np.asarray(rows))])
+def test_shipped_losses_by_hand(kind):
+    sets = kind([[True, False, True], [False, False, False], [False, True, False]])
+    target = kind([[True, True, False], [False, False, True], [False, False, False]])
+    assert false_negative_rate(sets, target).tolist() == [0.5, 1.0, 0.0]  # nothing true, nothing missed
+    quality = kind([[0.25, 1.0, 0.5], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    assert best_of_set_loss(sets, quality).tolist() == [0.5, 1.0, 1.0]
+
+
+def test_any_loss_may_be_controlled():
     scores = torch.tensor([[0.9, 0.1, 0.5]] * 9)
+    control = ConformalRiskControl(alpha=0.5, loss=best_of_set_loss, grid=11)
     control.fit(scores, torch.tensor([[0.0, 1.0, 0.6]] * 9))  # 0.9 0.4 + 0.1 <= 0.5 from the third entry on
     assert control.lambda_ == pytest.approx(0.5)
 
@@ -142,8 +148,15 @@ def test_refusals_name_the_argument():
         conformal_risk_control(losses, lambdas, alpha=0.1, upper_bound=0.5)
     with pytest.raises(ValueError, match=r"lambdas: expected 40 increasing numbers, got shape \(40,\)"):
         conformal_risk_control(losses, lambdas[::-1], alpha=0.1)
-    with pytest.raises(ValueError, match=r"alpha: 0.05 is out of reach with 10 samples, of which some lose"):
-        conformal_risk_control(losses + 0.1, lambdas, alpha=0.05, upper_bound=2.0)
+    assert conformal_risk_control(losses, lambdas, alpha=0.0) == lambdas[-1]  # the last one is harmless
+    losses[3, -1] = 0.0625
+    assert conformal_risk_control(losses, lambdas, alpha=0.0625) == lambdas[-1]
+    with pytest.raises(ValueError, match=r"alpha: 0.05 is out of reach with 10 samples, of which some lose 0.0625"):
+        conformal_risk_control(losses, lambdas, alpha=0.05)
+    with pytest.raises(ValueError, match=r"lambdas: expected 2 increasing numbers"):
+        conformal_risk_control([[1.0, 0.0]], [0.5, 0.5], alpha=0.5)
+    with pytest.raises(ValueError, match=r"scores: expected shape \(samples, entries, ...\), got \(0, 3\)"):
+        ConformalRiskControl().fit(np.zeros((0, 3)), np.zeros((0, 3), dtype=bool))
     with pytest.raises(ValueError, match=r"weights: expected numbers >= 0, got -1"):
         weighted_conformal_risk_control(losses, lambdas, -np.ones(10), [1.0], alpha=0.1)
     with pytest.raises(ValueError, match=r"beta: expected a number > 0 and < 1, got 1.5"):

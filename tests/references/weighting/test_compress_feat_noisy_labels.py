@@ -55,6 +55,11 @@ def test_each_network_learns_from_the_others_choice():
     assert smallest[0] != smallest[1]
 
 
+def test_the_output_is_the_mean_of_both_networks():
+    first, second, pair = fixed_pair(label_noise=0.0)
+    assert torch.allclose(pair(None), (first + second) / 2)
+
+
 def test_forgetting_grows_to_the_noise_rate():
     _, _, pair = fixed_pair(label_noise=0.4, gradual=20)
     picked = [int((pair._picked(pair.networks[0], None, Y, step) > 0).sum()) for step in (0, 5, 10, 20, 1000)]
@@ -101,6 +106,21 @@ def test_k_is_drawn_as_stated_once_for_each_replica():
     share = torch.bincount(cut[:, 0].sum(-1).long(), minlength=features + 1) / rounds
     odds = [0.0] + [math.exp(-((k / sigma) ** 2)) for k in range(1, features + 1)]
     assert share.tolist() == pytest.approx([o / sum(odds) for o in odds], abs=5 * 0.5 * rounds**-0.5)
+
+
+def test_replicas_with_generators_of_their_own_draw_as_they_would_alone():
+    def generator(s):
+        return torch.Generator().manual_seed(s)
+
+    stack = NestedDropout(sigma=10.0, generator=[generator(s) for s in range(3)])
+    alone = [NestedDropout(sigma=10.0, generator=generator(s)) for s in range(3)]
+    for _ in range(5):
+        assert torch.equal(stack(torch.ones(3, 2, 20)), torch.stack([nested(torch.ones(2, 20)) for nested in alone]))
+
+
+def test_evaluation_keeps_what_training_shows():
+    cut = NestedDropout(sigma=1.2).eval()(torch.ones(1, 5))
+    assert cut.tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0]]  # 2 sigma = 2.4, upwards
 
 
 def test_truncation_is_kept_in_the_state():
@@ -154,3 +174,5 @@ def test_refusals():
         NestedDropout(sigma=0.0)
     with pytest.raises(ValueError, match="input: expected at least 2 dimensions"):
         NestedDropout()(torch.ones(4))
+    with pytest.raises(ValueError, match=r"model: expected torch.nn.Sequential networks, got Linear"):
+        CompressedCoTeaching.build(lambda name: nn.Linear(2, 2), cross_entropy, {"label_noise": 0.1})

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from lossary.tasks import Seeds, cross_entropy, fit, per_seed, stacked_mlp
 from lossary.weighting import InfoBatch
 
 LOSSES = torch.tensor([4.0, 0.5, 0.25, 3.0, 0.125, 1.0, 0.0, 0.75])  # mean 1.203: two above, six below
@@ -80,6 +81,20 @@ def test_it_drives_a_data_loader_and_remembers_each_samples_own_loss():
             seen += len(index)
         assert seen == promised
     assert sampler.scores.tolist() == pytest.approx(F.cross_entropy(x @ weight.T, y, reduction="none").tolist())
+
+
+def test_it_drives_the_training_of_a_stack_of_seeds():
+    seeds, rows = Seeds((0, 1)), 48
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 4, generator=g)
+    order = seeds.torch("order")
+    info = per_seed(lambda s: InfoBatch(rows, epochs=100, generator=order[s]), seeds)
+    model = stacked_mlp((4, 16, 2), seeds)
+    how = {"selector": info, "weighting": lambda losses, *, index, **_: info(losses, index=index)}
+    fit(model, x, (x[:, 0] > 0).long(), loss=cross_entropy, seeds=seeds, steps=60, batch=16, **how)
+    for sampler in info:
+        assert 60 * 16 / rows < sampler.epoch < 60 * 16 / rows * 2  # shorter epochs, hence more than 20
+        assert sampler.weights.unique().tolist() == [1.0, 2.0]
 
 
 def test_refusals():

@@ -41,7 +41,7 @@ def _single(seeds: Seeds, *, lr: float, informed: bool = False) -> torch.Tensor:
     parts = split(data, seeds)
     labels, wrong = flip_labels(data.y, NOISE, seeds)
 
-    def oracle(losses: torch.Tensor, *, index: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+    def oracle(losses: torch.Tensor, *, index: torch.Tensor) -> torch.Tensor:
         return (~wrong.gather(1, parts.train.gather(1, index))).to(losses.dtype)
 
     how = {"train": parts.train, "steps": seeds.few(400), "lr": lr, "weighting": oracle if informed else None}

@@ -27,8 +27,7 @@ def _worst_group(seeds: Seeds, *, arm: str, lr: float, weight_decay: float) -> t
         draws = zip(rarity, seeds.torch("balanced"))
         how["selector"] = [WeightedRandomSampler(chance, len(chance), generator=g) for chance, g in draws]
     if arm == "dro":
-        weigh = per_seed(lambda _: GroupDRO(4), seeds)
-        how["weighting"] = lambda losses, *, group, **_: weigh(losses, group=group)
+        how["weighting"] = per_seed(lambda _: GroupDRO(4), seeds)
     fit(model, train.x, train.y, group=train.group, loss=cross_entropy, seeds=seeds, **how)
     return worst_group_accuracy(model(test.x), test.y, test.group)
 

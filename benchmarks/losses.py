@@ -1,0 +1,111 @@
+"""Forward and backward on logits [8192, 1000] in single precision, one thread, against F.cross_entropy of torch.
+
+A time is CPU time; each turn of a loss follows one of the reference, and the ratio is the median over turns. Memory
+is what a fresh process's peak rises by in three turns, over what it rises by for the reference. The top-k form waits
+for `torch.topk`, which alone takes as long as the reference; ALDR-KL takes four more softmaxes, one a Newton step.
+
+python -m benchmarks.losses
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lossary.losses import (
+    aldr_kl_loss,
+    comp_sum_loss,
+    ldr_kl_loss,
+    ldr_top_k_loss,
+    poly1_cross_entropy,
+    poly1_focal_loss,
+)
+
+ROWS, CLASSES, TURNS = 8192, 1000, 15
+REFERENCE = partial(F.cross_entropy, reduction="none")
+# Functions of log p_y cost less than cross-entropy; what needs more passes over the logits, little more.
+LOSSES: dict[str, tuple[Callable[..., Tensor], float]] = {
+    "poly1_cross_entropy": (poly1_cross_entropy, 0.9),
+    "poly1_focal_loss": (poly1_focal_loss, 0.9),
+    "comp_sum_loss": (comp_sum_loss, 0.9),
+    "ldr_kl_loss": (ldr_kl_loss, 1.5),
+    "ldr_top_k_loss, k = 5": (partial(ldr_top_k_loss, k=5), 1.5),
+    "aldr_kl_loss": (aldr_kl_loss, 1.5),
+}
+
+
+def measure() -> list[dict[str, str | float]]:
+    """A row for the time and one for the memory of every loss."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    input, target = _data()
+    ratios: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for _ in range(TURNS + 1):
+        for name, (loss, _) in LOSSES.items():
+            reference = _seconds(REFERENCE, input, target)
+            ratios[name].append(_seconds(loss, input, target) / reference)
+    torch.set_num_threads(threads)
+    peak = _peak("cross_entropy")
+    rows: list[dict[str, str | float]] = []
+    for name, (_, most) in LOSSES.items():
+        turns = ratios[name][1:]  # the first turn warms up
+        rows += [
+            {"name": name, "ratio": statistics.median(turns), "target": f"<= {most}", "unit": "x its time"},
+            {"name": name, "ratio": _peak(name) / peak, "target": "<= 1", "unit": "x its peak memory"},
+        ]
+    return rows
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    input = 3 * torch.randn(ROWS, CLASSES, generator=generator)
+    return input.requires_grad_(), torch.randint(CLASSES, (ROWS,), generator=generator)
+
+
+def _turn(loss: Callable[..., Tensor], input: Tensor, target: Tensor) -> None:
+    input.grad = None
+    loss(input, target).sum().backward()
+
+
+def _seconds(loss: Callable[..., Tensor], input: Tensor, target: Tensor) -> float:
+    start = time.process_time()
+    _turn(loss, input, target)
+    return time.process_time() - start
+
+
+def _peak(name: str) -> float:
+    """Megabytes by which the peak of a fresh process rises, measured there by `_print_peak`."""
+    command = [sys.executable, "-m", "benchmarks.losses", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _print_peak(name: str) -> None:
+    torch.set_num_threads(1)
+    loss = REFERENCE if name == "cross_entropy" else LOSSES[name][0]
+    input, target = _data()
+    _turn(loss, input[:16].detach().requires_grad_(), target[:16])  # what is loaded late is loaded now
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # Linux: the peak starts again at what is in use
+    before = _peak_resident()
+    for _ in range(3):
+        _turn(loss, input, target)
+    print(_peak_resident() - before)
+
+
+def _peak_resident() -> float:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        _print_peak(sys.argv[1])
+    else:
+        for row in measure():
+            print(f"{row['name']}: {row['ratio']:.2f} {row['unit']} (target {row['target']})")
