@@ -1,12 +1,13 @@
 """Forward and backward on logits [8192, 1000] in single precision, one thread, against F.cross_entropy of torch.
 
 A time is CPU time; each turn of a loss follows one of the reference, and the ratio is the median over turns. Memory
-is what a fresh process's peak rises by in three turns, over what it rises by for the reference. The top-k form waits
-for `torch.topk`, which alone takes as long as the reference; ALDR-KL takes four more softmaxes, one a Newton step.
+is what a turn raises the peak of a fresh process by, over the same for the reference. The top-k form waits for
+`torch.topk`, which alone takes as long as the reference; ALDR-KL takes four more softmaxes, one for a Newton step.
 
 python -m benchmarks.losses
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def _seconds(loss: Callable[..., Tensor], input: Tensor, target: Tensor) -> floa
 def _peak(name: str) -> float:
     """Megabytes by which the peak of a fresh process rises, measured there by `_print_peak`."""
     command = [sys.executable, "-m", "benchmarks.losses", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # so that glibc gives back at once what is freed
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=returned).stdout)
 
 
 def _print_peak(name: str) -> None:
@@ -93,8 +95,7 @@ def _print_peak(name: str) -> None:
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")  # Linux: the peak starts again at what is in use
     before = _peak_resident()
-    for _ in range(3):
-        _turn(loss, input, target)
+    _turn(loss, input, target)
     print(_peak_resident() - before)
 
 

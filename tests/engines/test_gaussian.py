@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import pinvh
 
-from lossary.ood._gaussian import TiedGaussian, as_features, merge, moments, whitening
+from lossary.ood._gaussian import TiedGaussian, as_classes, as_features, merge, moments, whitening
 
 
 @pytest.mark.parametrize("cut", [1, 20, 59])
@@ -49,7 +49,19 @@ def test_features_may_be_read_only_integers_or_lists():
     frozen.setflags(write=False)
     assert as_features("x", frozen).dtype is torch.float64
     assert as_features("x", [[1, 2]]).tolist() == [[1.0, 2.0]]
+    maps = torch.arange(12.0).view(1, 2, 2, 3)
+    assert as_features("x", maps).tolist() == [[2.5, 8.5]]  # the mean over space
     with pytest.raises(ValueError, match=r"x: expected a floating-point tensor, got torch.int64"):
         as_features("x", torch.ones(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"x: expected numbers, got an array of <U1"):
         as_features("x", np.array([["a"]]))
+
+
+def test_labels_are_numbers_or_names_but_no_fractions():
+    rows = torch.zeros(3, 1)
+    classes, index = as_classes("y", [2.0, 1.0, 2.0], rows)
+    assert (classes.tolist(), index.tolist()) == ([1.0, 2.0], [1, 0, 1])
+    assert as_classes("y", ["b", "a", "b"], rows)[1].tolist() == [1, 0, 1]
+    for labels in ([0.5, 1.0, 2.0], [np.nan, 1.0, 2.0]):
+        with pytest.raises(ValueError, match=r"y: expected class numbers or names, got fractions"):
+            as_classes("y", labels, rows)

@@ -4,7 +4,7 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +19,7 @@ from lossary.errors import BadInput
 
 MISSING = ("", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "?")  # "None" may be a class
 FEWEST_ROWS = 50
+FEW_OF_CLASS = 40  # a quarter of them, locked, are fewer than the ten that a confirmation takes
 LARGEST_FILE = 500_000_000  # bytes; a file is read whole
 MOST_CODES = 20  # a whole-number target with more distinct values than this is read as real
 LARGEST = float(np.finfo(np.float32).max)  # models train in float32
@@ -55,8 +56,9 @@ def load(
     if source in BUNDLED:
         frame, own_target, about = BUNDLED[source]()
         frame = frame.apply(_column)
-        return _problem(source, source, frame, target or own_target, task, group, drop, [about])
-    path, notes = Path(source), []
+        return _problem(source, source, frame, own_target if target is None else target, task, group, drop, [about])
+    path = Path(source)
+    notes: list[str] = []
     return _problem(path.stem, source, _read(path, notes), target, task, group, drop, notes)
 
 
@@ -65,7 +67,7 @@ def load(
 
 def _read(path: Path, notes: list[str]) -> pd.DataFrame:
     """The columns of a delimited text file: numbers, True and False as such, all else as text."""
-    where, text = _quote(str(path)), _text(path)
+    where, text = repr(str(path)), _text(path)
     usual = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
     try:
         header = next(_records(text, usual), (1, []))[1]
@@ -74,7 +76,8 @@ def _read(path: Path, notes: list[str]) -> pd.DataFrame:
             separator = next((mark for mark in "\t,;|" if mark in header[0]), usual)
         if separator != usual:
             notes.append(f"The columns are separated by {_quote(separator)}.")
-        rows = -1
+        rows, clean = -1, io.StringIO()
+        writer = csv.writer(clean, lineterminator="\n")
         for line, record in _records(text, separator):
             if rows < 0:
                 header = record
@@ -83,6 +86,7 @@ def _read(path: Path, notes: list[str]) -> pd.DataFrame:
                     f"{where}, line {line}: {_count(len(record), 'field')} where the header has {len(header)}; "
                     "mend that line"
                 )
+            writer.writerow(record)
             rows += 1
     except csv.Error as error:
         raise BadInput(f"{where}, {error}; mend the quotes around that field") from None
@@ -97,35 +101,25 @@ def _read(path: Path, notes: list[str]) -> pd.DataFrame:
     if all(_is_number(name) for name in header):
         notes.append("The header line holds only numbers: if the file has no header, add one.")
 
-    try:
-        frame = _parse(text, separator, ".")
-        if separator != "," and any(_comma_decimals(frame[column]) for column in frame):
-            frame = _parse(text, separator, ",")
-            notes.append("Numbers are written with a decimal comma.")
-    except (pd.errors.ParserError, OverflowError) as error:
-        raise BadInput(f"{where}: {str(error).splitlines()[0]}; mend that line") from None
-    if len(frame) != rows:
-        raise BadInput(f"{where}: {rows} rows by its lines but {len(frame)} when parsed; mend its quotes")
-    return pd.DataFrame({name: _column(frame.iloc[:, place]) for place, name in enumerate(names)})
+    frame = _parse(clean, ".")
+    if separator != "," and any(_comma_decimals(frame[column]) for column in frame):
+        frame = _parse(clean, ",")
+        notes.append("Numbers are written with a decimal comma.")
+    frame.columns = names
+    return frame.apply(_column)
 
 
-def _parse(text: str, separator: str, decimal: str) -> pd.DataFrame:
+def _parse(clean: io.StringIO, decimal: str) -> pd.DataFrame:
+    """Types, by pandas, of fields that are cut already: on odd line ends and quotes it may cut them otherwise."""
+    clean.seek(0)
     return pd.read_csv(
-        io.StringIO(text),
-        sep=separator,
-        decimal=decimal,
-        index_col=False,
-        skipinitialspace=True,
-        keep_default_na=False,
-        na_values=MISSING,
-        low_memory=False,
-        on_bad_lines="error",
+        clean, decimal=decimal, index_col=False, keep_default_na=False, na_values=MISSING, low_memory=False
     )
 
 
 def _text(path: Path) -> str:
     """The characters of the file, refused where it is no UTF-8 text."""
-    where = _quote(str(path))
+    where = repr(str(path))
     if os.path.isdir(path):
         raise BadInput(f"{where} is a directory; name the CSV file inside it")
     if not os.path.exists(path):
@@ -142,7 +136,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise BadInput(f"{where} cannot be read ({error.strerror}); check its permissions") from None
 
-    kinds = {b"\x1f\x8b": "gzip-compressed", b"PK": "a zip or Excel file", b"PAR1": "a Parquet file"}
+    kinds = {b"\x1f\x8b": "gzip-compressed", b"PK\x03\x04": "a zip or Excel file", b"PAR1": "a Parquet file"}
     kinds |= {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
     kind = next((kind for magic, kind in kinds.items() if raw.startswith(magic)), None)
     if kind or b"\0" in raw:
@@ -160,7 +154,7 @@ def _text(path: Path) -> str:
     return text
 
 
-def _records(text: str, separator: str) -> Iterable[tuple[int, list[str]]]:
+def _records(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of each line that is not blank."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
@@ -177,7 +171,7 @@ def _column(values: pd.Series) -> pd.Series:
         return values
     text = values.astype(str).str.strip().where(values.notna())
     text = text.where(~text.isin(MISSING))
-    return text if _strays(text).any() else pd.to_numeric(text).astype(float)
+    return text if _strays(text).any() else pd.to_numeric(text, errors="coerce").astype(float)
 
 
 def _strays(text: pd.Series) -> pd.Series:
@@ -209,7 +203,7 @@ def _problem(
     drop: Sequence[str],
     notes: list[str],
 ) -> Problem:
-    where = _quote(source)
+    where = repr(source)
     if target is None:
         raise BadInput(f"{where}: say which column to predict with --target; it has {_list(frame.columns)}")
     target = _find(frame, target, "target", where)
@@ -217,14 +211,16 @@ def _problem(
     group = None if group is None else _find(frame, group, "group", where)
     roles = Counter([target, *set(drop), *([] if group is None else [group])])
     if max(roles.values()) > 1:
-        raise BadInput(f"column {_quote(max(roles, key=roles.get))}: given to two of --target, --group and --drop")
+        raise BadInput(
+            f"column {_quote(max(roles, key=lambda name: roles[name]))}: given to two of --target, --group and --drop"
+        )
 
     known = frame[target].notna()
     if not known.any():
         raise BadInput(f"target {_quote(target)}: every value is missing; choose another column")
     if not known.all():
         notes.append(f"{_count(int((~known).sum()), 'row')} left out because the target is missing.")
-        frame = frame[known].reset_index(drop=True)
+        frame = frame[known].apply(_column)
     if frame[target].nunique() == 1:
         raise BadInput(
             f"target {_quote(target)} is constant: every value is {_quote(frame[target].iloc[0])}; choose another"
@@ -242,7 +238,7 @@ def _problem(
     problem = Problem(
         name=name,
         source=source,
-        features=features,
+        features=features.reset_index(drop=True),
         target=values,
         target_name=target,
         task="classes" if classes else "real",
@@ -286,6 +282,9 @@ def _target(values: pd.Series, name: str, task: str | None, notes: list[str]) ->
             f"{what}: {_count(len(single), 'class')} with a single row ({_list(single, 3)}); merge or remove "
             "such rows" + (", or use --task real" if numeric else "")
         )
+    few = [f"{label} ({count})" for label, count in zip(labels, counts, strict=True) if count < FEW_OF_CLASS]
+    if few:
+        notes.append(f"Classes with fewer than {FEW_OF_CLASS} rows, and how many: {_list(few)}.")
     folded = Counter(label.casefold() for label in labels)
     alike = [label for label in labels if folded[label.casefold()] > 1]
     if alike:
@@ -321,17 +320,14 @@ def _features(frame: pd.DataFrame, target: np.ndarray, where: str, notes: list[s
     for column, values in frame.items():
         label = f"Column {_quote(column)}"
         distinct, text = values.nunique(), values.dtype.kind not in "biuf"
+        repeats = distinct < len(frame)
         if values.dtype.kind in "uif":
             _finite(values, f"column {_quote(column)}", f"mend these rows or leave it out with --drop {_quote(column)}")
-        if distinct == len(frame) and (text or values.dtype.kind in "iu"):
+        if not repeats and (text or values.dtype.kind in "iu"):
             notes.append(f"{label} differs in every row: probably an identifier; --drop it unless it carries meaning.")
         elif text and distinct > MOST_CODES:
             notes.append(f"{label} is text with {distinct} distinct values, such as {_quote(values.dropna().iloc[0])}.")
-        if (
-            np.array_equal(pd.factorize(values)[0], same)
-            if target.dtype == np.int64
-            else np.array_equal(values, target)
-        ):
+        if np.array_equal(pd.factorize(values)[0], same) if repeats else np.array_equal(values.to_numpy(), target):
             notes.append(f"{label} tells the target exactly: --drop it unless it is known before the target is.")
     if frame.isna().any(axis=None):
         gaps = frame.isna().sum()
@@ -354,14 +350,17 @@ def _groups(values: pd.Series, name: str, notes: list[str]) -> np.ndarray:
 
 def _repeats(problem: Problem) -> list[str]:
     """Notes on rows that repeat."""
-    rows, notes = len(problem), []
-    copies = rows - int(problem.copies.max()) - 1
-    if copies:
-        notes.append(f"{_count(copies, 'row')} the same as an earlier one; splits keep such rows together.")
-    features = pd.util.hash_pandas_object(problem.features, index=False)
-    conflicts = rows - features.nunique() - copies
-    if problem.task == "classes" and conflicts:
-        notes.append(f"{_count(conflicts, 'row')} with the features of an earlier one but another class.")
+    same = len(problem) - int(problem.patterns.max()) - 1
+    exact = int(pd.DataFrame({"pattern": problem.patterns, "target": problem.target}).duplicated().sum())
+    notes = []
+    if exact:
+        notes.append(f"{_count(exact, 'row')} the same as an earlier one.")
+    if same > exact and problem.task == "classes":
+        notes.append(f"{_count(same - exact, 'row')} with the features of an earlier one but another class.")
+    if same and problem.coarse:
+        notes.append("Equal rows are the rule here, and classes differ among them: splits part them freely.")
+    elif same:
+        notes.append("Splits keep rows with equal features together.")
     return notes
 
 
@@ -373,7 +372,7 @@ def _finite(values: pd.Series, what: str, remedy: str) -> None:
     if bad.any():
         raise BadInput(
             f"{what} holds {_count(int(bad.sum()), 'value')} infinite or beyond {LARGEST:.1e}, first in data row "
-            f"{int(bad.to_numpy().argmax()) + 1}; {remedy}"
+            f"{bad.index[bad][0] + 1}; {remedy}"
         )
 
 
@@ -381,7 +380,7 @@ def _find(frame: pd.DataFrame, name: str, argument: str, where: str) -> str:
     """The column of that name, blanks at its ends aside."""
     if name in frame:
         return name
-    stripped = [column for column in frame if column.strip() == str(name).strip()]
+    stripped = [column for column in map(str, frame.columns) if column.strip() == str(name).strip()]
     if len(stripped) == 1:
         return stripped[0]
     raise BadInput(f"{argument}: {where} has no column {_quote(name)}{_suggest(str(name), frame.columns)}")

@@ -61,29 +61,42 @@ class Problem:
         return digest.hexdigest()
 
     @cached_property
-    def copies(self) -> NDArray[np.int64]:
-        """A number per row, shared by exactly those rows whose features and target are all the same."""
-        hashes = pd.util.hash_pandas_object(self.features, index=False).to_numpy()
-        return pd.factorize(hashes + pd.util.hash_array(self.target))[0]
+    def patterns(self) -> NDArray[np.int64]:
+        """A number per row, shared by exactly those rows whose features are all the same."""
+        return pd.factorize(pd.util.hash_pandas_object(self.features, index=False))[0]
+
+    @cached_property
+    def coarse(self) -> bool:
+        """Equal features mean coarse columns, not copied rows.
+
+        So it is where more than half of the rows have a twin and a quarter of those have one with another target.
+        """
+        twins = np.bincount(self.patterns)[self.patterns] > 1
+        differ = pd.Series(self.target).groupby(self.patterns).transform("nunique") > 1
+        return bool(twins.mean() > 0.5 and differ[twins].mean() >= 0.25)
 
     @cached_property
     def units(self) -> NDArray[np.int64]:
-        """A number per row, shared by the rows that must stay on one side: whole groups, and exact copies.
+        """A number per row, shared by the rows that must stay on one side of a split.
 
-        Copies are torn apart where keeping them would glue more than half of the table together through groups
-        that share them, and where a row is too frequent to be a copy (more than `COMMON` of the table).
+        These are whole groups, and rows with the same features whatever their target: keeping only those of one
+        target together would leave a model nothing but contradictions. They are parted where the table is `coarse`,
+        where a pattern is too frequent to be a copy (more than `COMMON` of the table), and where groups that share
+        patterns would hang together in more than half of the table.
         """
-        frequent = np.bincount(self.copies)[self.copies] > max(COMMON * len(self), 3)
-        copies = pd.factorize(np.where(frequent, -1 - np.arange(len(self)), self.copies))[0]
+        if self.coarse:
+            patterns = np.arange(len(self))
+        else:
+            frequent = np.bincount(self.patterns)[self.patterns] > max(COMMON * len(self), 3)
+            patterns = pd.factorize(np.where(frequent, -1 - np.arange(len(self)), self.patterns))[0]
         if self.group is None:
-            return copies
-        size = int(copies.max()) + 1
-        links = coo_array(
-            (np.ones(len(self)), (copies, size + self.group)), shape=(2 * [size + int(self.group.max()) + 1])
-        )
-        joined = connected_components(links, directed=False)[1][copies]
-        if np.bincount(joined).max() > max(len(self) / 2, np.bincount(self.group).max()):
-            return pd.factorize(self.group)[0]
+            return patterns
+        group = pd.factorize(self.group)[0]
+        first = int(patterns.max()) + 1
+        links = coo_array((np.ones(len(self)), (patterns, first + group)), shape=2 * (first + int(group.max()) + 1,))
+        joined = connected_components(links, directed=False)[1][patterns]
+        if np.bincount(joined).max() > max(len(self) / 2, np.bincount(group).max()):
+            return group
         return pd.factorize(joined)[0]
 
     @cached_property
@@ -135,13 +148,15 @@ def lock(problem: Problem, *, share: float = 0.25, seed: int = 0) -> tuple[NDArr
     """Sets rows aside before anything is looked at. Returns the indices (search, locked), each ascending.
 
     Raises:
-        BadInput: whole groups cannot be parted so that rows are locked and every class is left to search in.
+        BadInput: whole groups, and equal rows, cannot be parted so that every class is left to search in.
     """
-    part = deal(problem, (share, 1 - share), np.random.default_rng(seed))
-    locked, search = np.flatnonzero(part == 0), np.flatnonzero(part == 1)
-    if not len(locked) or len(np.setdiff1d(problem.strata, problem.strata[search])):
-        raise BadInput(
-            f"group: {problem.group.max() + 1} groups cannot be parted into locked and search rows that both hold "
-            "the classes; give a --group column with more groups, or none"
-        )
-    return search, locked
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        part = deal(problem, (share, 1 - share), rng)
+        locked, search = np.flatnonzero(part == 0), np.flatnonzero(part == 1)
+        if len(locked) and not len(np.setdiff1d(problem.strata, problem.strata[search])):
+            return search, locked
+    raise BadInput(
+        f"no {share:.0%} of the rows can be locked that keep groups and equal rows whole and leave every class to "
+        "search in; choose a --group column with more groups, or none"
+    )

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import kurtosis, norm
-from sklearn.base import ClassifierMixin
+from scipy.stats import binomtest
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -67,7 +66,7 @@ class Profile:
 
 
 def profile(problem: Problem, rows: NDArray[np.int64], *, seed: int = 0) -> Profile:
-    """Measures every symptom on these rows of the problem, and on no others."""
+    """Measures every symptom on these rows of the problem, and on no others. Every class must be among them."""
     seen = problem.rows(rows)
     measured = [detect(seen, np.random.default_rng((seed, place))) for place, detect in enumerate(DETECTORS)]
     findings = tuple(result for result in measured if isinstance(result, Finding))
@@ -97,30 +96,36 @@ def imbalance(problem: Problem, rng: np.random.Generator) -> Finding | None:
         return None
     counts = np.bincount(problem.target, minlength=len(problem.classes))
     small, large = int(counts.min()), int(counts.max())
-    low, high = _wilson(small, small + large, 0.05 / (len(counts) - 1))
-    ratio_low, ratio_high = (1 - high) / high, (1 - low) / low
+    share = binomtest(small, small + large).proportion_ci(1 - 0.05 / (len(counts) - 1), method="wilson")
+    low, high = max(1.0, 1 / share.high - 1), 1 / share.low - 1
     fewest, most = problem.classes[counts.argmin()], problem.classes[counts.argmax()]
+    raised = low > RATIO
     return Finding(
         symptom="class-imbalance",
         title="Class imbalance",
         value=large / small,
-        low=max(ratio_low, 1.0),
-        high=ratio_high,
+        low=low,
+        high=high,
         unit="largest to smallest class",
         method=f"Ratio of class counts, Wilson interval (95% over all classes); raised above {RATIO:g}",
-        means=f"{most!r} has {large:,} rows and {fewest!r} {small:,}. A model that is trained on the plain mean loss "
-        "may give up the small class, and accuracy would hardly show it.",
-        raised=ratio_low > RATIO,
+        means=f"{most!r} has {large:,} rows and {fewest!r} {small:,}. "
+        + (
+            "A model that is trained on the plain mean loss may give up the small class, and accuracy would hardly "
+            "show it."
+            if raised
+            else "No class is so small that the mean loss would pass it over."
+        ),
+        raised=raised,
     )
 
 
 def disagreement(problem: Problem, rng: np.random.Generator) -> Finding | str | None:
     """Share of labels that disagree with what two families of models say of rows they were not fitted on.
 
-    Per family, out of fold: the *high* end is what confident learning counts off the diagonal of its joint
-    (Northcutt et al. 2021, by cleanlab), at most the family's own error. Where classes merely overlap it counts
-    that too, so the value and the *low* end are what overlap cannot explain: `beyond_overlap`. Shown are the mean
-    of the values, the lowest low and the highest high.
+    The *high* end is what confident learning counts off the diagonal of its joint (Northcutt et al. 2021, by
+    cleanlab), at most the family's own error. Where classes merely overlap it counts that too, so the value and
+    the *low* end are what overlap cannot explain (`overlap_misfit`): the value fits both families together, the low
+    end is the lower of their two bounds, the high end the higher of their two counts.
     """
     if problem.task != "classes":
         return None
@@ -128,21 +133,19 @@ def disagreement(problem: Problem, rng: np.random.Generator) -> Finding | str | 
         return (
             f"Label disagreement was not measured: {len(problem.classes):,} classes, at most {MOST_CLASSES} are taken."
         )
-    from cleanlab.count import estimate_joint
-
     sample = _sample(problem, rng)
     label = sample.strata  # the classes that are in the sample, numbered anew
-    linear, trees = LogisticRegression(C=0.1, max_iter=200), ExtraTreesClassifier(60, min_samples_leaf=5)
-    values, lows, highs = [], [], []
-    for model in (linear, trees.set_params(random_state=int(rng.integers(2**31)))):
-        probability = _out_of_fold(model, sample, folds(sample, 5, rng))
-        flagged = 1 - float(np.trace(estimate_joint(label, probability)))
-        error = float((probability.argmax(1) != label).mean())
-        value, low = beyond_overlap(probability, label)
-        values.append(value)
-        lows.append(low)
-        highs.append(max(min(flagged, error), value))
-    value, low, high = float(np.mean(values)), min(lows), max(highs)
+    repeats = range(2 if len(sample) <= 1000 else 1)  # with few rows the luck of the folds shows
+    by_family = list(zip(*(_out_of_fold(sample, rng) for _ in repeats), strict=True))
+    rates = np.linspace(0, max(_error(probability, label) for family in by_family for probability in family), 61)
+    misfits, counts = [], []
+    for family in by_family:
+        pooled = overlap_misfit(np.concatenate(family), np.tile(label, len(family)), rates)
+        misfits.append(pooled / len(family))
+        counts.append(float(np.mean([_flagged(probability, label) for probability in family])))
+    value = float(rates[np.argmin(sum(misfits))])
+    low = min(value, *(float(rates[np.argmax(misfit <= misfit.min() + 1.35)]) for misfit in misfits))
+    high = max(value, *counts)
     raised = low > DISAGREEMENT
     of = "" if len(sample) == len(problem) else f" on {len(sample):,} of {len(problem):,} rows"
     return Finding(
@@ -169,73 +172,105 @@ def heavy_tails(problem: Problem, rng: np.random.Generator) -> Finding | None:
     """Excess kurtosis of a real target, percentile interval over 1,000 bootstrap samples."""
     if problem.task != "real":
         return None
-    y = problem.target[rng.permutation(len(problem))[:MOST_ROWS]]
-    samples = [float(kurtosis(rng.choice(y, len(y)))) for _ in range(1000)]
-    low, high = np.quantile(samples, (0.025, 0.975)).tolist()
+    y = problem.target.astype(np.float64)[rng.permutation(len(problem))[:MOST_ROWS]]
+    samples = [_kurtosis(rng.choice(y, len(y))) for _ in range(1000)]
+    low, high = np.nanquantile(samples, (0.025, 0.975)).tolist()
+    raised = low > EXCESS_KURTOSIS
+    of = "" if len(y) == len(problem) else f" on {len(y):,} of {len(problem):,} rows"
     return Finding(
         symptom="heavy-tails",
         title="Heavy tails of the target",
-        value=float(kurtosis(y)),
+        value=_kurtosis(y),
         low=low,
         high=high,
         unit="excess kurtosis",
-        method=f"Excess kurtosis (normal 0, Laplace 3), bootstrap interval; raised above {EXCESS_KURTOSIS:g}",
-        means="A few extreme values carry much of the squared error. This is about the target, not about the errors of "
-        "a model, which may be tamer.",
-        raised=low > EXCESS_KURTOSIS,
+        method=f"Excess kurtosis (normal 0, Laplace 3), bootstrap interval{of}; raised above {EXCESS_KURTOSIS:g}",
+        means=(
+            "A few extreme values carry much of the squared error. This is the target; the errors of a good model may "
+            "have lighter tails."
+            if raised
+            else "No few values carry the squared error. This is the target; the errors of a model may have other "
+            "tails."
+        ),
+        raised=raised,
     )
+
+
+def _kurtosis(values: NDArray[np.float64]) -> float:
+    """Fourth central moment over the squared second, less 3; nan where all values are equal."""
+    away = values - values.mean()
+    widest = abs(away).max()
+    if not widest:
+        return math.nan
+    squares = (away / widest) ** 2  # in [0, 1], lest the fourth power overflow
+    return float((squares**2).mean() / squares.mean() ** 2 - 3)
 
 
 DETECTORS = (imbalance, disagreement, heavy_tails)
 
 
-def beyond_overlap(probability: NDArray[np.float64], label: NDArray[np.int64]) -> tuple[float, float]:
-    """Share of labels that disagree with a model however sure it is: (estimate, lower 95% bound).
+def overlap_misfit(
+    probability: NDArray[np.float64], label: NDArray[np.int64], rates: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """How badly overlapping classes explain a model's errors if that share of labels, one of `rates`, is random too.
 
-    Where classes overlap, a surer model is righter: the log-odds s of its first choice predict whether that choice is
-    the label, P(right | s) = sigmoid(a + b s) with b >= 0, which tends to 1. Labels flipped at random cap it:
-    P(right | s) = (1 - rate) sigmoid(a + b s), the psychometric curve with a lapse rate. The estimate maximises the
-    likelihood, the bound is the smallest rate whose log-likelihood is within 1.35 of the maximum (profile
-    likelihood, one-sided). A curve that is flat for want of informative columns keeps the bound at 0.
+    Where classes overlap, a surer model is righter: the log-odds s of its first choice predict whether that choice
+    is the label, P(right | s) = sigmoid(a + b s) with b >= 0, which tends to 1. Labels that nothing predicts cap it:
+    P(right | s) = (1 - rate) sigmoid(a + b s), the psychometric curve with a lapse rate. Returned is the negative
+    log-likelihood of each rate at its best a and b: a profile likelihood, whose minimum estimates the rate and whose
+    first point within 1.35 of the minimum is a lower 95% bound. Where being surer makes the model no righter, for
+    want of informative columns or of overlap, every rate below the error fits alike and that bound is 0.
     """
     choice = probability.argmax(1)
     sure = np.clip(probability.max(1), 1e-3, 1 - 1e-3)
     score, right = np.log(sure / (1 - sure)), choice == label
-    bins = [part for part in np.array_split(np.argsort(score, kind="stable"), 200) if len(part)]
-    x = np.array([score[part].mean() for part in bins])
-    hits = np.array([right[part].sum() for part in bins], dtype=float)
-    tries = np.array([len(part) for part in bins], dtype=float)
-    rates = np.linspace(0, 1 - hits.sum() / tries.sum(), 61)
+    bins = np.array_split(np.argsort(score, kind="stable"), min(200, len(label)))
+    x = np.array([score[rows].mean() for rows in bins])
+    hits = np.array([right[rows].sum() for rows in bins])
+    misses = np.array([len(rows) for rows in bins]) - hits
 
     def loss(curve: NDArray[np.float64], rate: float) -> tuple[float, NDArray[np.float64]]:
         """Negative log-likelihood and its gradient in (a, b)."""
         inner = np.clip(expit(curve[0] + curve[1] * x), 1e-12, 1 - 1e-12)
         p = (1 - rate) * inner
-        slope = (tries - hits) / (1 - p) * p * (1 - inner) - hits * (1 - inner)
-        return -float(hits @ np.log(p) + (tries - hits) @ np.log1p(-p)), np.array([slope.sum(), slope @ x])
+        slope = (misses * p / (1 - p) - hits) * (1 - inner)
+        return -float(hits @ np.log(p) + misses @ np.log1p(-p)), np.array([slope.sum(), slope @ x])
 
-    curve, fits = np.array([0.0, 1.0]), []
-    for rate in rates:
+    curve, misfit = np.array([0.0, 1.0]), []
+    for rate in rates:  # each starts from the best curve of the rate before it
         fit = minimize(loss, curve, (rate,), "L-BFGS-B", jac=True, bounds=((-50, 50), (0, 50)))
         curve = fit.x
-        fits.append(fit.fun)
-    near = np.flatnonzero(np.array(fits) <= min(fits) + 1.35)
-    return float(rates[int(np.argmin(fits))]), float(rates[near[0]])
+        misfit.append(fit.fun)
+    return np.array(misfit)
 
 
-def _out_of_fold(model: ClassifierMixin, problem: Problem, fold: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Class probabilities (rows, classes) of each row by the model that was fitted without its fold."""
-    label = problem.strata
-    probability = np.zeros((len(label), int(label.max()) + 1))
+def _flagged(probability: NDArray[np.float64], label: NDArray[np.int64]) -> float:
+    """Share of labels that confident learning puts off the diagonal, at most the share that the model gets wrong."""
+    from cleanlab.count import estimate_joint
+
+    return min(1 - float(np.trace(estimate_joint(label, probability))), _error(probability, label))
+
+
+def _error(probability: NDArray[np.float64], label: NDArray[np.int64]) -> float:
+    return float((probability.argmax(1) != label).mean())
+
+
+def _out_of_fold(problem: Problem, rng: np.random.Generator) -> list[NDArray[np.float64]]:
+    """Class probabilities (rows, classes) of each row by models that were fitted without its fold, one per family."""
+    families = LogisticRegression(C=0.1, max_iter=200), ExtraTreesClassifier(60, min_samples_leaf=5)
+    families[1].set_params(random_state=int(rng.integers(2**31)))
+    label, fold = problem.strata, folds(problem, 5, rng)
+    probabilities = [np.zeros((len(label), int(label.max()) + 1)) for _ in families]
     for number in np.unique(fold):
         train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         encoder = Encoder().fit(problem.features.iloc[train])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # near enough for a profile
-            model.fit(encoder.transform(problem.features.iloc[train]), label[train])
-        scores = model.predict_proba(encoder.transform(problem.features.iloc[test]))
-        probability[np.ix_(test, model.classes_)] = scores
-    return probability
+        seen, unseen = (encoder.transform(problem.features.iloc[rows]) for rows in (train, test))
+        for model, probability in zip(families, probabilities, strict=True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # near enough for a profile
+                model.fit(seen, label[train])
+            probability[np.ix_(test, model.classes_)] = model.predict_proba(unseen)
+    return probabilities
 
 
 def _sample(problem: Problem, rng: np.random.Generator) -> Problem:
@@ -246,10 +281,3 @@ def _sample(problem: Problem, rng: np.random.Generator) -> Problem:
         return problem
     share = most / len(problem)
     return problem.rows(np.flatnonzero(deal(problem, (share, 1 - share), rng) == 0))
-
-
-def _wilson(hits: int, tries: int, alpha: float) -> tuple[float, float]:
-    """Wilson's interval for a share."""
-    z = float(norm.ppf(1 - alpha / 2))
-    centre, half = hits + z * z / 2, z * math.sqrt(hits * (tries - hits) / tries + z * z / 4)
-    return (centre - half) / (tries + z * z), (centre + half) / (tries + z * z)

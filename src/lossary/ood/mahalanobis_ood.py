@@ -40,29 +40,6 @@ PAPER = Paper(
 )
 
 
-def class_conditional_gaussian(features: Any, labels: Any) -> tuple[Any, Any]:
-    """Class means and tied covariance, eq. 1: mu_c, and Sigma = (1/N) sum_i (f_i - mu_y_i)(f_i - mu_y_i)'.
-
-    Args:
-        features: array or tensor (N, D), or (N, D, ...) to be averaged over the last dimensions.
-        labels: (N,) class numbers or names.
-
-    Returns:
-        Means (K, D), in the sorted order of the labels, and covariance (D, D); arrays or tensors as given.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit, NaN or infinite features.
-
-    >>> means, covariance = class_conditional_gaussian([[0.0, 1.0], [2.0, 1.0], [5.0, 3.0]], [0, 0, 1])
-    >>> means.tolist(), covariance.tolist()
-    ([[1.0, 1.0], [5.0, 3.0]], [[0.6666666666666666, 0.0], [0.0, 0.0]])
-    """
-    f = as_features("features", features)
-    classes, index = as_classes("labels", labels, f)
-    found = moments(f, index, len(classes))
-    return like(features, found.means.to(f.dtype)), like(features, found.covariance.to(f.dtype))
-
-
 @score(examples=({}, {"ridge": 0.1}))
 class MahalanobisDetector(BaseEstimator):
     """Squared Mahalanobis distance to the nearest class, eq. 2, summed over layers with weights.
@@ -244,6 +221,29 @@ class MahalanobisClassifier(ClassifierMixin, BaseEstimator):
         if not isinstance(X, Tensor):
             X = validate_data(self, X, reset=False)
         return self.gaussian_.distances(as_features("X", X, self.n_features_in_))
+
+
+def class_conditional_gaussian(features: Any, labels: Any) -> tuple[Any, Any]:
+    """Class means and tied covariance, eq. 1: mu_c, and Sigma = (1/N) sum_i (f_i - mu_y_i)(f_i - mu_y_i)'.
+
+    Args:
+        features: array or tensor (N, D), or (N, D, ...) to be averaged over the last dimensions.
+        labels: (N,) class numbers or names.
+
+    Returns:
+        Means (K, D), in the sorted order of the labels, and covariance (D, D); arrays or tensors as given.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, NaN or infinite features.
+
+    >>> means, covariance = class_conditional_gaussian([[0.0, 1.0], [2.0, 1.0], [5.0, 3.0]], [0, 0, 1])
+    >>> means.tolist(), covariance.tolist()
+    ([[1.0, 1.0], [5.0, 3.0]], [[0.6666666666666666, 0.0], [0.0, 0.0]])
+    """
+    f = as_features("features", features)
+    classes, index = as_classes("labels", labels, f)
+    found = moments(f, index, len(classes))
+    return like(features, found.means.to(f.dtype)), like(features, found.covariance.to(f.dtype))
 
 
 @measure(

@@ -3,13 +3,49 @@
 Losses of n calibration samples fall as a setting lambda grows. `first_safe` finds the first setting at which
 their weighted mean, the unseen sample counted among them at the largest loss there is, meets a level.
 Where the loss is a yes or no that each sample decides at a point of its own, that setting is `quantile` of
-these points, the usual split-conformal one.
+these points, the usual split-conformal one. `losses_at` and `numbers` check what is given, array or tensor.
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+from lossary import require
 
 ROUNDING = 1e-12  # relative; a mean that misses its level by less has met it
+
+
+def numbers(name: str, values: Any, *, dims: int) -> NDArray:
+    """An array or tensor of finite numbers as a float64 array.
+
+    Raises:
+        ValueError: not numbers, another number of dimensions, empty, NaN or infinite.
+    """
+    found = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if found.dtype.kind not in "fiub" or found.ndim != dims or not found.size:
+        raise ValueError(f"{name}: expected numbers of {dims} dimensions, got {found.dtype} of shape {found.shape}")
+    found = found.astype(np.float64, copy=False)
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name}: contains NaN or infinite values")
+    return found
+
+
+def losses_at(lambdas: Any, losses: Any, upper_bound: float | None) -> tuple[NDArray, NDArray]:
+    """Losses (n, G), made to fall from left to right, and the settings (G,) that they belong to.
+
+    Raises:
+        ValueError: wrong shapes, NaN, settings that do not increase, losses above `upper_bound` (None: unbounded).
+    """
+    if upper_bound is not None:
+        require.number("upper_bound", upper_bound)
+    table, grid = numbers("losses", losses, dims=2), numbers("lambdas", lambdas, dims=1)
+    if grid.shape != table.shape[1:] or not (np.diff(grid) > 0).all():
+        raise ValueError(f"lambdas: expected {table.shape[1]} increasing numbers, got shape {grid.shape}")
+    if upper_bound is not None and table.max() > upper_bound:
+        raise ValueError(f"losses: expected at most upper_bound, {upper_bound:g}, got {table.max():g}")
+    return falling(table), grid
 
 
 def falling(losses: NDArray) -> NDArray:

@@ -21,7 +21,7 @@ from torch import Tensor, from_numpy
 from lossary import require
 from lossary.paper import Paper
 from lossary.roles import estimator
-from lossary.uncertainty._conformal import falling, first_safe, quantile
+from lossary.uncertainty._conformal import first_safe, losses_at, numbers, quantile
 
 PAPER = Paper(
     title="Conformal Risk Control",
@@ -39,6 +39,90 @@ PAPER = Paper(
 )
 
 Array = Any  # an array or a tensor
+
+
+def conformal_risk_control(losses: Array, lambdas: Array, *, alpha: float, upper_bound: float = 1.0) -> float:
+    """The smallest lambda with n / (n + 1) mean_i L_i(lambda) + B / (n + 1) <= alpha, sec. 1.1.
+
+    With it the expected loss of the next sample is at most alpha (theorem 1), and at least
+    alpha - 2 B / (n + 1) for losses that are not negative and jump at points of their own (theorem 2). Losses that
+    rise again are first raised to falling ones, the largest at any later lambda (sec. 2.4).
+
+    Args:
+        losses: (n, G) of n calibration samples at each lambda, falling from left to right.
+        lambdas: (G,) increasing. At the last one no loss should exceed alpha: it is returned where no other will do.
+        alpha: level of the expected loss, below `upper_bound`.
+        upper_bound: B, the largest loss there can be.
+
+    Raises:
+        ValueError: wrong shapes, NaN, losses above `upper_bound`, or an alpha that no lambda reaches.
+
+    >>> conformal_risk_control([[1, 0, 0], [1, 1, 0], [1, 0, 0]], [0.0, 0.5, 1.0], alpha=0.5)  # 3/4 1/3 + 1/4
+    0.5
+    """
+    table, grid = losses_at(lambdas, losses, upper_bound)
+    return float(_smallest(table, grid, np.ones(len(table)), np.ones(1), alpha, upper_bound)[0])
+
+
+def weighted_conformal_risk_control(
+    losses: Array, lambdas: Array, weights: Array, test_weights: Array, *, alpha: float, upper_bound: float = 1.0
+) -> Array:
+    """A lambda for each test sample when inputs are no longer distributed as in calibration, sec. 4.1.
+
+    The smallest with sum_i w_i L_i(lambda) + w B <= alpha (sum_i w_i + w), where w(x) is the density of inputs to
+    come over that of calibration inputs, up to a factor. Equal weights give `conformal_risk_control`.
+
+    Args:
+        losses: (n, G) of n calibration samples at each lambda, falling from left to right.
+        lambdas: (G,) increasing.
+        weights: (n,) w of the calibration samples, not negative.
+        test_weights: (M,) w of the test samples, not negative.
+        alpha: level of the expected loss, below `upper_bound`.
+        upper_bound: B, the largest loss there can be.
+
+    Returns:
+        (M,) lambdas in float64: a tensor if `test_weights` is one, otherwise an array.
+
+    Raises:
+        ValueError: wrong shapes, NaN, losses above `upper_bound`, negative weights, or an alpha that no lambda
+            reaches for some test sample.
+
+    >>> losses, lambdas = [[1, 0, 0], [1, 1, 0]], [0.0, 0.5, 1.0]
+    >>> weighted_conformal_risk_control(losses, lambdas, [9.0, 1.0], [0.1, 5.0], alpha=0.2)
+    array([0.5, 1. ])
+    """
+    table, grid = losses_at(lambdas, losses, upper_bound)
+    w, test = _weights("weights", weights), _weights("test_weights", test_weights)
+    if len(w) != len(table):
+        raise ValueError(f"weights: expected one for each of {len(table)} calibration samples, got {len(w)}")
+    found = _smallest(table, grid, w, test, alpha, upper_bound)
+    return from_numpy(found).to(test_weights.device) if isinstance(test_weights, Tensor) else found
+
+
+def quantile_risk_control(losses: Array, lambdas: Array, *, alpha: float, beta: float) -> float:
+    """The smallest lambda at which the next loss is at most alpha with probability at least beta, sec. 4.2.
+
+    It controls the miscoverage "the loss exceeds alpha" at level 1 - beta, which is the conformal quantile of the
+    first lambda that is safe for each calibration sample. The losses need no upper bound.
+
+    Args:
+        losses: (n, G) of n calibration samples at each lambda, falling from left to right.
+        lambdas: (G,) increasing. At the last one no loss should exceed alpha.
+        alpha: the largest loss to be suffered with probability beta.
+        beta: probability, between 0 and 1.
+
+    Raises:
+        ValueError: wrong shapes, NaN, beta out of range, or an alpha that no lambda reaches.
+
+    >>> losses = [[5.0, 2.0, 0.0], [9.0, 0.0, 0.0], [9.0, 8.0, 1.0]]
+    >>> quantile_risk_control(losses, [0.0, 0.5, 1.0], alpha=2.0, beta=0.5)  # safe from 0.5, 0.5 and 1 on
+    0.5
+    """
+    table, grid = losses_at(lambdas, losses, None)
+    require.number("alpha", alpha)
+    require.number("beta", beta, above=0.0, below=1.0)
+    first = quantile((table > alpha).sum(1), 1 - beta)
+    return float(_at(np.array([min(first, len(grid))], dtype=np.intp), grid, table, alpha)[0])
 
 
 def false_negative_rate(sets: Bool[Array, "rows *entries"], target: Bool[Array, "rows *entries"]) -> Array:
@@ -81,90 +165,6 @@ def best_of_set_loss(sets: Bool[Array, "rows entries"], quality: Float[Array, "r
     return 1 - (found.amax(-1) if isinstance(found, Tensor) else found.max(-1))
 
 
-def conformal_risk_control(losses: Array, lambdas: Array, *, alpha: float, upper_bound: float = 1.0) -> float:
-    """The smallest lambda with n / (n + 1) mean_i L_i(lambda) + B / (n + 1) <= alpha, sec. 1.1.
-
-    With it the expected loss of the next sample is at most alpha (theorem 1), and at least
-    alpha - 2 B / (n + 1) for losses that are not negative and jump at points of their own (theorem 2). Losses that
-    rise again are first raised to falling ones, the largest at any later lambda (sec. 2.4).
-
-    Args:
-        losses: (n, G) of n calibration samples at each lambda, falling from left to right.
-        lambdas: (G,) increasing. At the last one no loss should exceed alpha: it is returned where no other will do.
-        alpha: level of the expected loss, below `upper_bound`.
-        upper_bound: B, the largest loss there can be.
-
-    Raises:
-        ValueError: wrong shapes, NaN, losses above `upper_bound`, or an alpha that no lambda reaches.
-
-    >>> conformal_risk_control([[1, 0, 0], [1, 1, 0], [1, 0, 0]], [0.0, 0.5, 1.0], alpha=0.5)  # 3/4 1/3 + 1/4
-    0.5
-    """
-    table, grid = _table(losses, lambdas, upper_bound)
-    return float(_smallest(table, grid, np.ones(len(table)), np.ones(1), alpha, upper_bound)[0])
-
-
-def weighted_conformal_risk_control(
-    losses: Array, lambdas: Array, weights: Array, test_weights: Array, *, alpha: float, upper_bound: float = 1.0
-) -> Array:
-    """A lambda for each test sample when inputs are no longer distributed as in calibration, sec. 4.1.
-
-    The smallest with sum_i w_i L_i(lambda) + w B <= alpha (sum_i w_i + w), where w(x) is the density of inputs to
-    come over that of calibration inputs, up to a factor. Equal weights give `conformal_risk_control`.
-
-    Args:
-        losses: (n, G) of n calibration samples at each lambda, falling from left to right.
-        lambdas: (G,) increasing.
-        weights: (n,) w of the calibration samples, not negative.
-        test_weights: (M,) w of the test samples, not negative.
-        alpha: level of the expected loss, below `upper_bound`.
-        upper_bound: B, the largest loss there can be.
-
-    Returns:
-        (M,) lambdas: a tensor if `test_weights` is one, otherwise an array.
-
-    Raises:
-        ValueError: wrong shapes, NaN, losses above `upper_bound`, negative weights, or an alpha that no lambda
-            reaches for some test sample.
-
-    >>> losses, lambdas = [[1, 0, 0], [1, 1, 0]], [0.0, 0.5, 1.0]
-    >>> weighted_conformal_risk_control(losses, lambdas, [9.0, 1.0], [0.1, 5.0], alpha=0.2)
-    array([0.5, 1. ])
-    """
-    table, grid = _table(losses, lambdas, upper_bound)
-    w, test = _weights("weights", weights), _weights("test_weights", test_weights)
-    if len(w) != len(table):
-        raise ValueError(f"weights: expected one for each of {len(table)} calibration samples, got {len(w)}")
-    found = _smallest(table, grid, w, test, alpha, upper_bound)
-    return from_numpy(found).to(test_weights) if isinstance(test_weights, Tensor) else found
-
-
-def quantile_risk_control(losses: Array, lambdas: Array, *, alpha: float, beta: float) -> float:
-    """The smallest lambda at which the next loss is at most alpha with probability at least beta, sec. 4.2.
-
-    It controls the miscoverage "the loss exceeds alpha" at level 1 - beta, which is the conformal quantile of the
-    first lambda that is safe for each calibration sample. The losses need no upper bound.
-
-    Args:
-        losses: (n, G) of n calibration samples at each lambda, falling from left to right.
-        lambdas: (G,) increasing. At the last one no loss should exceed alpha.
-        alpha: the largest loss to be suffered with probability beta.
-        beta: probability, between 0 and 1.
-
-    Raises:
-        ValueError: wrong shapes, NaN, beta out of range, or an alpha that no lambda reaches.
-
-    >>> losses = [[5.0, 2.0, 0.0], [9.0, 0.0, 0.0], [9.0, 8.0, 1.0]]
-    >>> quantile_risk_control(losses, [0.0, 0.5, 1.0], alpha=2.0, beta=0.5)  # safe from 0.5, 0.5 and 1 on
-    0.5
-    """
-    table, grid = _table(losses, lambdas, None)
-    require.number("alpha", alpha)
-    require.number("beta", beta, above=0.0, below=1.0)
-    first = quantile((table > alpha).sum(1), 1 - beta)
-    return float(_at(np.array([min(first, len(grid))], dtype=np.intp), grid, table, alpha)[0])
-
-
 @estimator(on="sets", examples=({}, {"alpha": 0.3, "upper_bound": 2.0}, {"grid": 11}))
 class ConformalRiskControl(BaseEstimator):
     """Sets {entry: score >= 1 - lambda} whose expected loss is at most alpha, for a model's scores from 0 to 1.
@@ -205,11 +205,11 @@ class ConformalRiskControl(BaseEstimator):
     def fit(self, scores: Float[Array, "rows *entries"], target: Array) -> Self:
         """Choose `lambda_` on calibration samples: scores (N, ...) and targets as `loss` takes them."""
         require.whole("grid", self.grid, at_least=2)
-        _scores(scores)
+        scores, target = _checked(scores), target if isinstance(target, Tensor) else np.asarray(target)
         if len(target) != len(scores):
             raise ValueError(f"target: expected one for each of {len(scores)} samples, got {len(target)}")
         lambdas = np.linspace(0.0, 1.0, self.grid)
-        losses = [_numbers("loss", self.loss(scores >= 1 - x, target), dims=1) for x in lambdas.tolist()]
+        losses = [numbers("loss", self.loss(scores >= 1 - x, target), dims=1) for x in lambdas.tolist()]
         return self.fit_losses(np.stack(losses, axis=1), lambdas)
 
     def fit_losses(self, losses: Float[Array, "rows lambdas"], lambdas: Float[Array, " lambdas"]) -> Self:
@@ -220,8 +220,7 @@ class ConformalRiskControl(BaseEstimator):
     def predict(self, scores: Float[Array, "rows *entries"]) -> Bool[Array, "rows *entries"]:
         """The sets, of the shape of the scores."""
         check_is_fitted(self)
-        _scores(scores)
-        return scores >= 1 - self.lambda_
+        return _checked(scores) >= 1 - self.lambda_
 
 
 def _smallest(table: NDArray, grid: NDArray, w: NDArray, test: NDArray, alpha: float, upper_bound: float) -> NDArray:
@@ -240,40 +239,20 @@ def _at(columns: NDArray[np.intp], grid: NDArray, table: NDArray, alpha: float) 
     return grid[columns.clip(max=len(grid) - 1)]
 
 
-def _table(losses: Array, lambdas: Array, upper_bound: float | None) -> tuple[NDArray, NDArray]:
-    """Checked losses, made to fall, and their lambdas."""
-    if upper_bound is not None:
-        require.number("upper_bound", upper_bound)
-    table, grid = _numbers("losses", losses, dims=2), _numbers("lambdas", lambdas, dims=1)
-    if grid.shape != table.shape[1:] or not (np.diff(grid) > 0).all():
-        raise ValueError(f"lambdas: expected {table.shape[1]} increasing numbers, got shape {grid.shape}")
-    if upper_bound is not None and table.max() > upper_bound:
-        raise ValueError(f"losses: expected at most upper_bound, {upper_bound:g}, got {table.max():g}")
-    return falling(table), grid
-
-
 def _weights(name: str, weights: Array) -> NDArray:
-    found = _numbers(name, weights, dims=1)
+    found = numbers(name, weights, dims=1)
     if found.min() < 0:
         raise ValueError(f"{name}: expected numbers >= 0, got {found.min():g}")
     return found
 
 
-def _numbers(name: str, values: Array, *, dims: int) -> NDArray:
-    found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
-    if found.dtype.kind not in "fiub" or found.ndim != dims or not found.size:
-        raise ValueError(f"{name}: expected numbers of {dims} dimensions, got {found.dtype} of shape {found.shape}")
-    found = found.astype(np.float64, copy=False)
-    if not np.isfinite(found).all():
-        raise ValueError(f"{name}: contains NaN or infinite values")
-    return found
-
-
-def _scores(scores: Array) -> None:
+def _checked(scores: Array) -> Array:
+    scores = scores if isinstance(scores, Tensor) else np.asarray(scores)
     if scores.ndim < 2 or 0 in scores.shape:
         raise ValueError(f"scores: expected shape (samples, entries, ...), got {tuple(scores.shape)}")
-    if not bool(((scores >= 0) & (scores <= 1)).all()):  # also refuses NaN
+    if not bool(((scores >= 0) & (scores <= 1)).all()):  # NaN is neither
         raise ValueError("scores: expected numbers from 0 to 1; logits go through a sigmoid or softmax first")
+    return scores
 
 
 def _booleans(name: str, values: Array, shape: tuple[int, ...]) -> None:

@@ -76,8 +76,8 @@ def test_weights_enter_as_a_search_over_each_test_sample_says():
     got = weighted_conformal_risk_control(losses, lambdas, weights, test_weights, alpha=0.25)
     assert got.tolist() == expected
     assert expected[-1] == lambdas[-1]  # too foreign a sample is given everything
-    even = weighted_conformal_risk_control(losses, lambdas, np.full(50, 7.0), torch.tensor([7.0]), alpha=0.25)
-    assert even.tolist() == [np.float32(conformal_risk_control(losses, lambdas, alpha=0.25))]
+    even = weighted_conformal_risk_control(losses, lambdas, np.full(50, 7.0), torch.tensor([7]), alpha=0.25)
+    assert even.tolist() == [conformal_risk_control(torch.from_numpy(losses.copy()), lambdas, alpha=0.25)]
 
 
 def test_losses_that_rise_again_count_as_their_largest_later_value():
@@ -132,10 +132,11 @@ def test_shipped_losses_by_hand(kind):
 
 
 def test_any_loss_may_be_controlled():
-    scores = torch.tensor([[0.9, 0.1, 0.5]] * 9)
+    scores = torch.tensor([[0.9, 0.1, 0.5]] * 9, dtype=torch.bfloat16)
     control = ConformalRiskControl(alpha=0.5, loss=best_of_set_loss, grid=11)
     control.fit(scores, torch.tensor([[0.0, 1.0, 0.6]] * 9))  # 0.9 0.4 + 0.1 <= 0.5 from the third entry on
     assert control.lambda_ == pytest.approx(0.5)
+    assert control.predict([[0.9, 0.4, 0.5]]).tolist() == [[True, False, True]]
 
 
 def test_refusals_name_the_argument():
