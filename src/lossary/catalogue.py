@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lossary.vocabulary import SYMPTOMS
 
@@ -151,7 +151,10 @@ def stubs(package: Path = PACKAGE) -> dict[Path, str]:
 
 
 def fingerprint(tree: ast.AST) -> str:
-    """A hash of a syntax tree without its docstrings, comments and layout."""
+    """A hash of a module's syntax tree without its docstrings, comments, layout and `PAPER` record.
+
+    That is, of what it computes: to word a departure better makes no verdict stale.
+    """
     digest = hashlib.sha256()
     for token in _tokens(tree):
         digest.update(token.encode() + b"\0")
@@ -189,9 +192,13 @@ def _read_paper(path: Path, room: str) -> Entry:
 
 def _paper_record(tree: ast.Module, path: Path) -> dict[str, Any]:
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "PAPER" for t in node.targets):
+        if _is_record(node):
             return _literals(node.value, path)
     raise CatalogueError(f"{path}: no PAPER = Paper(...); a file without a leading underscore is a paper")
+
+
+def _is_record(node: ast.AST) -> TypeGuard[ast.Assign]:
+    return isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "PAPER" for t in node.targets)
 
 
 def _is_part(node: ast.stmt) -> bool:
@@ -274,6 +281,8 @@ def _tokens(node: ast.AST) -> Iterator[str]:
         if name == "body" and isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
             items = items[1:]
         for item in items:
+            if _is_record(item):
+                continue
             if isinstance(item, ast.AST):
                 yield name
                 yield from _tokens(item)

@@ -8,6 +8,7 @@ them to every example on the part's mark.
 import copy
 import doctest
 import inspect
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -281,7 +282,8 @@ def _demand_refusal(call: Callable[[], Any], name: str, given: str) -> None:
     try:
         call()
     except ValueError as error:
-        demand(name in str(error), f"{name} = {given} is refused without naming it: {error}")
+        named = re.search(rf"\b{re.escape(name)}\b", str(error))
+        demand(named, f"{name} = {given} is refused without naming it: {error}")
     except Exception as error:
         raise Fault(f"{name} = {given} raised {type(error).__name__} instead of a ValueError naming it") from error
     else:

@@ -43,7 +43,7 @@ class LayerCase(Case):
 
     def signature(self) -> inspect.Signature:
         """Of what is called with the input."""
-        return inspect.signature(self.part.forward if isinstance(self.part, type) else self.part)
+        return inspect.signature(getattr(self.part, "forward", self.part))
 
     def name(self) -> str:
         """The input's name, the first parameter that is not self."""
@@ -105,7 +105,7 @@ def learns(case: LayerCase) -> None:
     made = case.module()
     if made is None or not any(w.requires_grad for w in made.parameters()):
         return
-    sum(y.sum() for y in tensors(made(**case.inputs())) if y.requires_grad).backward()
+    torch.autograd.backward([y.sum() for y in tensors(made(**case.inputs())) if y.requires_grad])
     idle = [name for name, w in made.named_parameters() if w.requires_grad and w.grad is None]
     demand(not idle, f"no gradient reaches {', '.join(idle)}")
 

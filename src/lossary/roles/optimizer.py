@@ -52,7 +52,7 @@ class Descent:
 
     def __init__(self, case: "OptimizerCase", start: Sequence[Tensor], **override: Any) -> None:
         self.parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-        self.optimizer: torch.optim.Optimizer = case.make(self.parameters, **override)
+        self.optimizer = case.make(self.parameters, **override)
 
     def loss(self) -> Tensor:
         """Sum over the tensors, and over a stack of them; curvatures run from 0.5 to 2 in trailing dimensions."""
@@ -66,7 +66,7 @@ class Descent:
         """Clear the gradients, and compute the loss and its gradients."""
         self.optimizer.zero_grad()
         loss = self.loss()
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     def run(self, steps: int) -> list[Tensor]:
@@ -79,10 +79,9 @@ class Descent:
 class OptimizerCase(Case):
     """A call is ten steps from the inputs, and returns the parameters."""
 
-    def make(self, parameters: Any, **override: Any) -> torch.optim.Optimizer:
+    def make(self, parameters: Any, **override: Any) -> Any:
         """The optimizer of these parameters or groups."""
-        made: torch.optim.Optimizer = self.part(parameters, **{**self.hyper, **override})
-        return made
+        return self.part(parameters, **{**self.hyper, **override})
 
     def inputs(self, dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = ()) -> dict[str, Any]:
         g = torch.Generator().manual_seed(0)

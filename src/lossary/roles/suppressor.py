@@ -72,7 +72,7 @@ def subset(case: SuppressorCase) -> None:
     inputs = case.inputs()
     keep, scores = case.kept(inputs)
     demand(keep.dtype == torch.int64 and keep.ndim == 1, f"keep is {tuple(keep.shape)} {keep.dtype}, not (K,) int64")
-    demand(len(keep.unique()) == len(keep), "keeps a box twice")
+    demand(len(set(keep.tolist())) == len(keep), "keeps a box twice")
     demand(((keep >= 0) & (keep < len(inputs["boxes"]))).all(), "keep holds an index outside the input")
     demand(scores.shape == keep.shape, f"gives scores {tuple(scores.shape)} for {len(keep)} boxes")
     demand((scores <= inputs["scores"][keep]).all(), "raises a score")

@@ -29,6 +29,7 @@ PAPER = Paper(
     departs=(
         "both networks see the whole batch, as in Co-teaching; the official code gives each a half",
         "each network draws a k of its own; the official code draws one for both",
+        "the claims train both networks from scratch; the paper first trains each alone",
         "k for evaluation is 2 sigma or the caller's choice; the official code takes the best on clean validation data",
         "no convolutional form (the paper's VGG-19 has nested dropout in two layers)",
     ),
