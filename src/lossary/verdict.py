@@ -60,6 +60,7 @@ METRICS: dict[str, Metric] = {
     "worst-group accuracy": Metric("points", "higher", 2.0),
     "AUROC": Metric("points", "higher", 1.0),
     "average precision": Metric("points", "higher", 0.5),
+    "calibration error": Metric("points", "lower", 1.0),  # a confidence of 80% that is right 79% of the time
     "coverage": Metric("points", "higher", 0.5),  # of sets or intervals, mostly held equal to a level
     "log-loss": Metric("nats", "lower", 0.01),  # the true label becomes 1% more likely
     "risk": Metric("fraction", "lower", 0.005),  # an error rate that a method controls, 0 to 1
