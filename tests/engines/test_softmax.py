@@ -27,6 +27,33 @@ def test_value_and_gradient_are_those_of_cross_entropy(logits):
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
 
 
+PER_SAMPLE = torch.linspace(0.5, 1.5, 20, dtype=torch.float64).view(4, 5)
+
+
+@pytest.mark.parametrize("temperature", [0.3, torch.tensor(2.0, dtype=torch.float64), PER_SAMPLE])
+@pytest.mark.parametrize("margin", [0.0, -0.5, torch.tensor(1.5, dtype=torch.float64), PER_SAMPLE])
+def test_temperature_divides_the_logits_and_the_margin_comes_off_the_true_one(logits, temperature, margin):
+    input, target = logits
+    by, off = (torch.as_tensor(v, dtype=torch.float64).expand(4, 5).unsqueeze(-1) for v in (temperature, margin))
+    expected = reference(input / by - off * F.one_hot(target, 7), target)
+    got = log_prob(input, target, temperature=temperature, margin=margin)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_derivatives_by_logits_temperature_and_margin(logits, shape):
+    input, target = logits[0][0, :3].clone(), logits[1][0, :3]
+    leaves = (input, torch.full(shape, 0.7, dtype=torch.float64), torch.full(shape, 0.4, dtype=torch.float64))
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def call(input, temperature, margin):
+        return log_prob(input, target, temperature=temperature, margin=margin)
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
 def test_second_derivatives(logits):
     input, target = logits[0][0, :3].clone().requires_grad_(), logits[1][0, :3]
     assert torch.autograd.gradgradcheck(lambda z: log_prob(z, target).expm1() ** 2, (input,))
@@ -58,6 +85,15 @@ def test_it_batches_under_vmap_and_differentiates_under_func(logits):
     torch.testing.assert_close(per_replica, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_vmap_over_the_target_alone(logits):
+    input, target = logits[0][0], logits[1]
+
+    def slope(labels):
+        return torch.func.grad(lambda z: log_prob(z, labels, temperature=0.5, margin=0.2).sum())(input)
+
+    torch.testing.assert_close(torch.vmap(slope)(target), torch.stack([slope(labels) for labels in target]))
+
+
 def test_bad_arguments_are_named():
     good = torch.zeros(3, 4)
     for name, input, target in [
@@ -69,3 +105,6 @@ def test_bad_arguments_are_named():
     ]:
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             log_prob(input, target)
+    for name, value in (("temperature", 0.0), ("temperature", float("nan")), ("margin", float("inf"))):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            log_prob(good, torch.zeros(3, dtype=torch.long), **{name: value})

@@ -56,9 +56,7 @@ def fading(overlap, power):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(
-    ("decay", "parameter", "floor"), [(hard, 0.3, 0.0), (fading, 0.1, 0.05), (fading, 2.0, 0.0)]
-)
+@pytest.mark.parametrize(("decay", "parameter", "floor"), [(hard, 0.3, 0.0), (fading, 0.1, 0.05), (fading, 2.0, 0.0)])
 def test_the_loop_does_what_its_definition_says(form, seed, decay, parameter, floor):
     boxes, scores = scene(seed, 40)
     expected_keep, expected = slow(boxes, scores, decay, parameter, floor)
@@ -112,8 +110,8 @@ def test_inputs_are_left_alone(form):
     boxes, scores = scene(3, 30)
     before = boxes.clone(), scores.clone()
     suppress(boxes, scores, decay=hard, parameter=0.1, floor=0.0)
-    flipped = boxes.T.contiguous().T  # shares its memory with the transposed copy that the loop would move
-    suppress(flipped, scores, decay=hard, parameter=0.1, floor=0.0)
+    flipped = boxes.T.contiguous().T  # laid out as the loop wants its copy of the bounds, which it then moves
+    suppress(boxes, scores, decay=hard, parameter=0.1, floor=0.0, bounds=flipped)
     assert torch.equal(boxes, before[0])
     assert torch.equal(flipped, before[0])
     assert torch.equal(scores, before[1])
@@ -121,5 +119,5 @@ def test_inputs_are_left_alone(form):
 
 def test_box_iou_of_pairs_and_of_many():
     assert box_iou(np.array([0.0, 0.0, 2.0, 2.0]), np.array([1.0, 1.0, 3.0, 3.0])) == pytest.approx(1 / 7)
-    many = np.array([[0.0, 0.0, 2.0, 2.0], [2.0, 0.0, 4.0, 2.0], [0.0, 0.0, 4.0, 1.0]]).T
-    np.testing.assert_allclose(box_iou(many[:, 0], many), [1, 0, 2 / 6])
+    many = np.array([[0.0, 0.0, 2.0, 2.0], [2.0, 0.0, 4.0, 2.0], [0.0, 0.0, 4.0, 1.0], [5.0, 0.0, 6.0, 2.0]]).T
+    np.testing.assert_allclose(box_iou(many[:, 0], many), [1, 0, 2 / 6, 0])

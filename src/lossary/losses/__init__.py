@@ -9,10 +9,8 @@ lean gradient. A loss that is a function of it costs no more than cross-entropy,
 | rare classes, few positives | `poly1_cross_entropy` with epsilon -1 | `poly1_focal_loss` |
 | overconfidence | `squentropy_loss` | `TempNet` |
 | the right class among the first few is enough | `ldr_top_k_loss` | `z_loss`, for very many classes |
-| overconfidence, nothing to tune | `squentropy_loss` | `rescaled_square_loss` |
-| ten thousand classes or more, top-k counts | `z_loss` | `FactoredOutput` with `z_loss_from_sums` |
+| ten thousand classes or more | `FactoredOutput` with `z_loss_from_sums` | |
 | some contexts have one answer, others many | `TempNet` with `tau_cross_entropy` | `robust_temperature_loss` |
-| counts or shapes change after training | `HRRClassificationLoss` | |
 | adversarial inputs | `smooth_adversarial_comp_sum_loss` with `margin_shift_attack` | |
 | a softmax head that generalises poorly | `HRRClassificationLoss` | |
 | nothing in particular | `squentropy_loss`, `poly1_cross_entropy` with epsilon 1 to 2 | `comp_sum_loss` near tau 1 |

@@ -119,13 +119,10 @@ def test_normalised_logits_forget_their_scale(loss):
     assert loss(torch.zeros(1, 4), torch.tensor([0]), normalize=True).isfinite().all()
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_first_and_second_derivatives_of_ldr_kl_and_top_k(k):
+def test_second_derivatives_of_ldr_kl():
     input = (LOGITS[:2].double() + 0.05).requires_grad_()  # off the kink that |logit| has at 0
     lam = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-    target = TARGET[:2]
-    assert torch.autograd.gradgradcheck(lambda f, t: ldr_kl_loss(f, target, lam=t, normalize=True), (input, lam))
-    assert torch.autograd.gradgradcheck(lambda f, t: ldr_top_k_loss(f, target, k=k, lam=t), (input, lam))
+    assert torch.autograd.gradgradcheck(lambda f, t: ldr_kl_loss(f, TARGET[:2], lam=t, normalize=True), (input, lam))
 
 
 def test_refusals():

@@ -1,0 +1,240 @@
+"""LDR: the label's mass goes to an adversary, who spreads it over the classes where the model errs most.
+
+Moving label mass p_k to class k gains the gap d_k = f_k - f_y, plus a margin unless k is y; concentrating it costs
+lam KL(p, uniform). At a low price (small lam) the largest gap is what counts, as in the multi-class SVM; lam = 1
+without a margin is cross-entropy; at a high price (large lam) it is the mean gap, which is symmetric and so tolerates
+wrong labels. ALDR-KL lets every sample find its own price. Try it when labels are noisy and you do not know how much,
+with `normalize=True`: otherwise the model can undo any price by the scale of its logits. It does not tell you which
+labels are wrong, and on clean labels it is one more knob beside weight decay.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lossary import require
+from lossary.losses._softmax import log_prob, scaled
+from lossary.paper import Paper
+from lossary.roles import loss
+
+PAPER = Paper(
+    title="Label Distributionally Robust Losses for Multi-class Classification: Consistency, Robustness and Adaptivity",
+    year=2023,
+    helps=("label-noise",),
+    departs=(
+        "ALDR-KL finds each sample's lambda anew at every call; the official code keeps a table of them, by sample "
+        "index, and improves an entry once per visit, towards the same end",
+        "the margin enters that lambda; in the official code it does not",
+        "normalising the logits is an option; the paper's experiments always do it",
+    ),
+    url="https://proceedings.mlr.press/v202/zhu23o.html",
+)
+
+_NEWTON_STEPS = 4
+_CELLS = 2**18  # numbers of a block of samples that Newton's steps keep in the cache
+
+
+@loss(
+    on="classes",
+    examples=({"lam": 1.0}, {"lam": 0.1, "margin": 1.0}, {"lam": 10.0, "normalize": True}),
+    tune={"lam": (0.1, 1.0, 10.0), "normalize": (True,)},
+)
+def ldr_kl_loss(
+    input: Float[Tensor, "*batch classes"],
+    target: Int[Tensor, "*batch"],
+    *,
+    lam: float | Tensor = 1.0,
+    margin: float | Tensor = 0.1,
+    normalize: bool = False,
+) -> Float[Tensor, "*batch"]:
+    """max over p of sum_k p_k d_k - lam KL(p, uniform), which is lam log mean_k exp(d_k / lam). Per sample.
+
+    With margin 0 and lam 1 it is cross-entropy less log K, in general cross-entropy at temperature lam. It falls
+    from max_k d_k at lam = 0 to mean_k d_k at lam = infinity, and is negative where the true class leads clearly.
+
+    Args:
+        input: logits f over K classes.
+        target: class numbers y, 0 to K - 1.
+        lam: price of concentrating on few classes, in units of the logits, above 0.
+        margin: c in d_k = f_k - f_y + c for k other than y, at least 0. d_y is 0.
+        normalize: divide each sample's logits by their mean absolute value, so that lam and margin keep their
+            meaning however large the model's logits grow.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, lam not above 0, margin below 0.
+
+    >>> import torch
+    >>> ldr_kl_loss(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), margin=1.0)  # log((1 + e^4) / 2)
+    tensor([3.3250])
+    """
+    require.number("lam", lam, above=0.0)
+    unit = _unit(input, target, margin, normalize)
+    return -lam * (log_prob(input, target, temperature=lam * unit, margin=margin / lam) + math.log(input.shape[-1]))
+
+
+@loss(
+    on="classes",
+    examples=({"lam0": 1.0}, {"lam0": 0.3, "alpha": 4.0, "margin": 1.0}, {"lam0": 3.0, "normalize": True}),
+    tune={"lam0": (0.1, 1.0, 10.0), "normalize": (True,)},
+)
+def aldr_kl_loss(
+    input: Float[Tensor, "*batch classes"],
+    target: Int[Tensor, "*batch"],
+    *,
+    lam0: float | Tensor = 1.0,
+    alpha: float | Tensor = 2.0,
+    margin: float | Tensor = 0.1,
+    normalize: bool = False,
+) -> Float[Tensor, "*batch"]:
+    """LDR-KL in which every sample finds its own lam:
+    max over p and lam of sum_k p_k d_k - lam KL(p, uniform) - alpha log K / (2 lam0) (lam - lam0)^2. Per sample.
+
+    The best lam is lam0 (1 - KL / (alpha log K)): lam0 where all gaps are alike, (1 - 1 / alpha) lam0 where one
+    class stands out. Four safeguarded Newton steps find it, at alpha = 2 to 1e-5 lam0 and the loss to rounding. There
+    it is the only maximum up to about 120 classes; with more, or alpha nearer 1, it may be a local one. It is then
+    held fixed, which by Danskin's theorem leaves first derivatives exact; second derivatives do not see it move.
+
+    Args:
+        input: logits f over K classes.
+        target: class numbers y, 0 to K - 1.
+        lam0: largest lam, in units of the logits, above 0.
+        alpha: how firmly lam is held at lam0, above 1; large values give `ldr_kl_loss`.
+        margin, normalize: as in `ldr_kl_loss`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, lam0 not above 0, alpha not above 1, margin below 0.
+
+    >>> import torch
+    >>> aldr_kl_loss(torch.zeros(1, 4), torch.tensor([0]), margin=0.0)  # equal gaps: lam stays at lam0
+    tensor([-0.])
+    """
+    require.number("lam0", lam0, above=0.0)
+    require.number("alpha", alpha, above=1.0)
+    unit = _unit(input, target, margin, normalize)
+    log_classes = math.log(input.shape[-1])
+    with torch.no_grad():
+        lam = lam0 * _share_of_lam0(input, target, lam0 * unit, margin / lam0, alpha)
+    gain = -lam * (log_prob(input, target, temperature=lam * unit, margin=margin / lam) + log_classes)
+    return gain - alpha * log_classes / (2 * lam0) * (lam - lam0) ** 2
+
+
+@loss(
+    on="classes",
+    examples=({"k": 2}, {"k": 3, "lam": 0.1, "margin": 1.0}, {"k": 5, "lam": 10.0, "normalize": True}),
+    tune={"k": (2, 5), "normalize": (True,)},
+)
+def ldr_top_k_loss(
+    input: Float[Tensor, "*batch classes"],
+    target: Int[Tensor, "*batch"],
+    *,
+    k: int = 2,
+    lam: float | Tensor = 1.0,
+    margin: float | Tensor = 0.1,
+    normalize: bool = False,
+) -> Float[Tensor, "*batch"]:
+    """LDR-KL whose adversary may put at most 1/k on a class, so that k classes must share the blame. Per sample.
+
+    k = 1 is `ldr_kl_loss`. As lam goes to 0 it becomes the mean of the k largest gaps, the top-k SVM's. The best p
+    is held fixed, so second derivatives do not see it move.
+
+    Args:
+        input: logits f over K classes.
+        target: class numbers y, 0 to K - 1.
+        k: 1 to K.
+        lam, margin, normalize: as in `ldr_kl_loss`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, k out of range, lam not above 0, margin below 0.
+
+    >>> import torch
+    >>> ldr_top_k_loss(torch.tensor([[0.0, 9.0, 5.0]]), torch.tensor([0]), k=2, lam=0.01, margin=0.0)  # (9 + 5) / 2
+    tensor([6.9959])
+    """
+    require.number("lam", lam, above=0.0)
+    unit = _unit(input, target, margin, normalize)
+    require.whole("k", k, at_least=1, at_most=input.shape[-1])
+    at_target = target.unsqueeze(-1)
+    with torch.no_grad():
+        s = scaled(input, target, _tensor(lam * unit, input), _tensor(margin / lam, input))
+        p, gain = _capped(s, k)
+        gain -= s.gather(-1, at_target).squeeze(-1)
+        moved = p.scatter_add_(-1, at_target, -torch.ones_like(gain).unsqueeze(-1))  # the mass each class receives
+        del s
+    gap = torch.linalg.vecdot(moved, input) / unit - margin * moved.gather(-1, at_target).squeeze(-1)
+    kl = (gap / lam - gain).detach()
+    return gap - lam * kl
+
+
+def _unit(input: Tensor, target: Tensor, margin: float | Tensor, normalize: bool) -> float | Tensor:
+    """What gaps between the logits are measured in: 1, or for each sample the mean absolute logit."""
+    require.classes(input, target)
+    require.number("margin", margin, at_least=0.0)
+    require.one_of("normalize", normalize, (True, False))
+    if not normalize:
+        return 1.0
+    size = torch.linalg.vector_norm(input, 1, -1) / input.shape[-1]
+    return size + (size == 0)  # logits that are all zero stay so
+
+
+def _tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else like.new_full((), value)
+
+
+def _share_of_lam0(
+    input: Tensor, target: Tensor, unit: float | Tensor, margin: float | Tensor, alpha: float | Tensor
+) -> Float[Tensor, "*batch"]:
+    """The t = lam / lam0 that maximises t log mean exp(u / t) - alpha log K / 2 (t - 1)^2, where u = d / lam0."""
+    classes = input.shape[-1]
+    rows = max(1, _CELLS // classes) if input.device.type == "cpu" else max(1, target.numel())
+    numbers = [_tensor(value, input).expand(target.shape).reshape(-1) for value in (unit, margin)]
+    parts = (input.reshape(-1, classes), target.reshape(-1), *numbers)
+    blocks = zip(*(part.split(rows) for part in parts))
+    return torch.cat([_newton(scaled(*block), alpha) for block in blocks]).view(target.shape)
+
+
+def _newton(u: Float[Tensor, "rows classes"], alpha: float | Tensor) -> Float[Tensor, " rows"]:
+    """Root of g(t) = alpha log K (1 - t) - KL(softmax(u / t), uniform), g >= 0 at 1 - 1 / alpha, g <= 0 at 1.
+
+    KL falls with t. So the t at which g would vanish, were KL what it is now, lies between here and the root: a new
+    bound at every step, within which Newton's proposal is clamped.
+    """
+    log_classes = math.log(u.shape[-1])
+    u = u - u.amax(-1, keepdim=True)
+    high = u.new_ones(len(u))
+    low = high * (1 - 1 / alpha)
+    t = (low + high) / 2
+    for _ in range(_NEWTON_STEPS):
+        s = u / t.unsqueeze(-1)
+        p = torch.softmax(s, -1)
+        log_top = p.amax(-1).log()  # minus the log-sum of s, whose maximum is 0
+        p *= s
+        mean = p.sum(-1)
+        kl = mean + log_top + log_classes
+        variance = torch.linalg.vecdot(p, s) - mean**2
+        g, slope = alpha * log_classes * (1 - t) - kl, variance / t - alpha * log_classes
+        bound = 1 - kl / (alpha * log_classes)
+        low, high = torch.where(g > 0, bound, low), torch.where(g > 0, high, bound)
+        t = torch.where(slope < 0, (t - g / slope).clamp(low, high), (low + high) / 2)
+    return t
+
+
+def _capped(s: Tensor, cap: int) -> tuple[Float[Tensor, "*batch classes"], Float[Tensor, "*batch"]]:
+    """The p with p_k <= 1 / cap that maximises sum_k p_k s_k - KL(p, uniform), and that maximum.
+
+    p_k = min(1 / cap, exp(s_k + level)). The m largest s are at the cap, where m is the first number at which the
+    next largest, sharing 1 - m / cap with the rest in softmax proportions, stays below it.
+    """
+    ceiling = -math.log(cap)
+    top, where = s.topk(cap, -1)
+    rest = torch.softmax(s.scatter(-1, where[..., :-1], -torch.inf), -1)
+    tail = top[..., -1:] - rest.amax(-1, keepdim=True).log()  # log-sum of all but the cap - 1 largest
+    log_sums = torch.cat([tail, top[..., :-1].flip(-1)], -1).logcumsumexp(-1).flip(-1)  # of all but the m largest
+    levels = torch.linspace(1, 1 / cap, cap, dtype=s.dtype, device=s.device).log() - log_sums
+    m = (levels + top > ceiling)[..., :-1].long().cumprod(-1).sum(-1, keepdim=True)
+    level = levels.gather(-1, m)
+    p = rest.mul_((level + tail).exp())
+    p.scatter_(-1, where[..., :-1], (level + top).clamp_max(ceiling).exp()[..., :-1])
+    surplus = (level + top - ceiling).clamp_min(0).sum(-1) / cap
+    return p, surplus - level.squeeze(-1) - math.log(s.shape[-1])
