@@ -48,7 +48,7 @@ class SAM(Optimizer):
         params: parameters or groups, as for any optimizer; a group may have its own rho.
         base: makes the optimizer that takes the step, as base(params, **options).
         rho: radius of the ball, >= 0; 0 is the base optimizer.
-        adaptive: measure the ball in units of |w| (ASAM), which wants a rho about ten times larger.
+        adaptive: measure the ball in units of |w| (ASAM), which wants a rho ten times larger or more.
         replicas: the leading dimension of every parameter is a stack of models, each with a norm of its own.
         model: its batch-norm running statistics are updated in the first evaluation only, as in the official
             code; None updates them in both.
@@ -100,8 +100,8 @@ class SAM(Optimizer):
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check(param_group.get("rho", self.defaults["rho"]))
         super().add_param_group(param_group)
-        _check(self.param_groups[-1]["rho"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

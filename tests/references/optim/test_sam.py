@@ -65,15 +65,15 @@ def test_rho_zero_is_the_base_optimizer():
 
 
 def test_the_perturbation_of_one_replica_ignores_the_others():
-    w = [torch.tensor([[1.0, 2.0], [0.5, 0.0]]), torch.tensor([2.0, 1.0])]
-    g = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([4.0, 0.0])]
-    weight, bias = sam_perturbation(w, g, rho=10.0, replicas=True)
-    torch.testing.assert_close(weight, torch.tensor([[6.0, 0.0], [0.0, 0.0]]))  # (3, 4) / 5, then a zero gradient
-    torch.testing.assert_close(bias, torch.tensor([8.0, 0.0]))
+    w = [torch.tensor([[1.0, 2.0], [0.5, 1.0], [9.0, 9.0]]), torch.tensor([2.0, 1.0, 9.0])]
+    g = [torch.tensor([[3.0, 0.0], [0.0, 0.6], [0.0, 0.0]]), torch.tensor([4.0, 0.8, 0.0])]
+    weight, bias = sam_perturbation(w, g, rho=10.0, replicas=True)  # norms 5, 1 and 0
+    torch.testing.assert_close(weight, torch.tensor([[6.0, 0.0], [0.0, 6.0], [0.0, 0.0]]))
+    torch.testing.assert_close(bias, torch.tensor([8.0, 8.0, 0.0]))
     weight, bias = sam_perturbation(w, g, rho=10.0, adaptive=True, replicas=True)
-    norm = math.hypot(1 * 3, 2 * 4)
-    torch.testing.assert_close(weight, torch.tensor([[10 * 1 * 3 / norm, 0.0], [0.0, 0.0]]))
-    torch.testing.assert_close(bias, torch.tensor([10 * 4 * 4 / norm, 0.0]))
+    norm = math.hypot(1 * 3, 2 * 4)  # of the first replica's w g; the second's is 1
+    torch.testing.assert_close(weight, torch.tensor([[10 * 1 * 3 / norm, 0.0], [0.0, 6.0], [0.0, 0.0]]))
+    torch.testing.assert_close(bias, torch.tensor([10 * 4 * 4 / norm, 8.0, 0.0]))
 
 
 def test_half_precision_gradients_do_not_overflow_in_the_norm():
