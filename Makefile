@@ -23,7 +23,7 @@ venv: .venv/.done
 	@touch $@
 
 compare: venv
-	@$(BIN)/lossary compare winequality-red
+	@$(BIN)/lossary compare red-wine
 
 test: lint
 	$(BIN)/python -m pytest -n auto -q

@@ -59,8 +59,8 @@ def fit(
         train: (S, n) row numbers of the training part; None is all rows.
         group: (N,) or (S, N), passed on to `weighting`.
         weighting: weighting(values, target=, group=, index=), all (S, batch), gives weights (S, batch); it is
-            handed those that it names. The values carry no gradient; `group` is None where there is none. `index` counts within the
-            training part, from 0 to n - 1. One that keeps a state or couples the batch: see `per_seed`.
+            handed those that it names. The values carry no gradient; `group` is None where there is none. `index`
+            counts within the training part, from 0 to n - 1. One that keeps a state or couples the batch: `per_seed`.
         selector: for each seed an iterable of positions within the training part, such as a
             `torch.utils.data.Sampler`; iterated anew whenever it ends. None runs through one permutation
             after another. Batches straddle their ends, so each has the full size.

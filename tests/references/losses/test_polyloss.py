@@ -41,7 +41,7 @@ def test_focal_form_is_the_series_with_every_power_raised_by_gamma(p):
 
 
 def test_coefficients_that_would_turn_negative_are_refused():
-    with pytest.raises(ValueError, match="epsilons: expected a number >= -0.5, got -0.6"):
+    with pytest.raises(ValueError, match=r"epsilons: expected a number >= -0\.5, got -0\.6"):
         poly_n_cross_entropy(*logits_for(0.5), epsilons=(0.0, -0.6))
     with pytest.raises(ValueError, match="epsilon: expected a number >= -1"):
         poly1_cross_entropy(*logits_for(0.5), epsilon=-1.5)
