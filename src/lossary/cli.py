@@ -77,9 +77,11 @@ def compare(
     options: dict[str, Any] = {"target": target, "task": task, "group": group, "drop": drop or (), "metric": metric}
     options |= {"arms": [name.strip() for name in (arms or "").split(",") if name.strip()], "seeds": seeds}
     try:
-        with _counted("reading the data") as progress:
-            from lossary.compare import run
-
+        with _counted("reading and profiling") as progress:
+            try:
+                from lossary.compare import run
+            except ModuleNotFoundError as error:
+                raise BadInput(f"compare: {error.name} is not installed; pip install 'lossary[compare]'") from None
             if only_estimate:
                 seconds, plan = run.estimate(source, budget=limit, out=folder, progress=progress, **options)
             else:
@@ -87,12 +89,10 @@ def compare(
     except KeyboardInterrupt:
         print(f"lossary: interrupted; the same command goes on from what is in {folder}", file=sys.stderr)
         raise typer.Exit(130) from None
-    if only_estimate:
-        told = {"seconds": round(seconds), "cores": run.cores(), "arms": [arm.name for arm in plan.arms]}
-        if as_json:
-            _print_json(told)
-        else:
-            print(f"About {told['seconds']} s on {told['cores']} cores for {len(plan.arms)} arms, less if some are dropped.")
+    if only_estimate and as_json:
+        _print_json({"seconds": round(seconds), "arms": [arm.name for arm in plan.arms]})
+    elif only_estimate:
+        print(f"About {seconds:.0f} s on this machine for {len(plan.arms)} arms, less if hopeless ones are dropped.")
     elif as_json:
         from lossary.compare.report import to_json
 
@@ -357,7 +357,8 @@ def _bar() -> "Progress":
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=_console(stderr=True), transient=True)
+    console = _console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager
@@ -395,15 +396,11 @@ def _print_comparison(found: "Comparison", folder: Path) -> None:
     for note in found.notes:
         out.print(f"[dim]{escape(note)}[/]")
     protocol = "{partitions} x {folds} cells, {seeds} seeds, {settings} configurations each".format(**found.protocol)
-    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left", title_style="", caption_justify="left")
-    table.title = (
-        f"{escape(data['name'])}: {metric['name']}, {metric['better']} is better ({metric['why']}); "
-        f"{data['rows'] - data['locked']:,} rows searched, {data['locked']:,} locked"
-    )
-    table.caption = f"Exploratory: {protocol}; leads over the best conventional arm with 95% intervals; p by Holm."
-    for column in ("arm", metric["name"], "lead", "95% interval", "p", ""):
-        right = column in (metric["name"], "lead", "p")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    rows = f"{data['rows'] - data['locked']:,} rows searched, {data['locked']:,} locked"
+    out.print(f"{escape(data['name'])}: {metric['name']}, {metric['better']} is better ({metric['why']}); {rows}.\n")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("arm", "score", "lead", "95% interval", "p"):
+        table.add_column(column, justify="left" if column in ("arm", "95% interval") else "right", no_wrap=True)
     for arm in found.arms:
         lead = arm.against_baseline
         table.add_row(
@@ -411,14 +408,14 @@ def _print_comparison(found: "Comparison", folder: Path) -> None:
             f"{arm.score:.4g}",
             figure(lead.difference, lead, sign=True) if lead else "baseline" if arm.conventional else "",
             bounds(lead) if lead else "",
-            "" if arm.p_holm is None else f"{arm.p_holm:.2g}",
-            f"[dim]{escape(arm.dropped)}[/]",
+            "[dim]dropped[/]" if arm.dropped else "" if arm.p_holm is None else f"{arm.p_holm:.2g}",
         )
     out.print(table)
+    out.print(f"[dim]Exploratory: {protocol}; leads over the best conventional arm; p by Holm.[/]")
     out.print(f"\n[bold]{escape(found.sentence)}[/]")
     if found.own:
         out.print(escape(found.own))
-    out.print(f"[dim]{len(found.skipped)} parts skipped, each with its reason in the report: {folder / 'report.html'}[/]")
+    out.print(f"[dim]{len(found.skipped)} parts were skipped; the reasons and all else: {folder / 'report.html'}[/]")
 
 
 def _print_json(value: Any) -> None:

@@ -1,0 +1,141 @@
+"""One finalist against the registered baseline, once, on the locked rows; and the sentences that this allows."""
+
+from math import floor, log10
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lossary.compare.metrics import Metric
+from lossary.compare.result import ArmResult, Confirmation, Interval
+from lossary.compare.statistics import over_rows, too_few
+
+BINS = 10
+
+
+def confirm(
+    names: tuple[str, str],
+    predictions: tuple[NDArray[np.float64], NDArray[np.float64]],
+    metric: Metric,
+    target: NDArray[Any],
+    units: NDArray[np.int64],
+    classes: int,
+) -> Confirmation:
+    """What the locked rows say.
+
+    Args:
+        names: finalist and baseline.
+        predictions: theirs, each (seeds, rows, ...); one run for a model that draws nothing.
+        metric: the primary one, named beforehand.
+        target, units: of the locked rows.
+        classes: their number, 0 for a real target.
+    """
+    first, second = predictions
+    lead = over_rows(metric, first, second, target, units, np.random.default_rng(0))
+    return Confirmation(
+        finalist=names[0],
+        baseline=names[1],
+        effect=lead.interval,
+        detectable=lead.detectable,
+        rows=len(target),
+        seeds=max(len(first), len(second)),
+        scores=(float(np.mean(metric.score(first, target))), float(np.mean(metric.score(second, target)))),
+        exploratory=too_few(target, classes),
+    )
+
+
+def answer(confirmation: Confirmation | None, metric: Metric) -> str:
+    """Does the best part beat the best conventional arm: no more than the interval says."""
+    if confirmation is None:
+        return "No part of the catalogue was tried, so there is nothing to confirm."
+    c, effect = confirmation, confirmation.effect
+    span = f"95% interval {bounds(effect)}"
+    rows = f"on {c.rows:,} rows that nothing had looked at"
+    if c.exploratory:
+        return (
+            f"Exploratory only, as {c.exploratory}: there {c.finalist} differed from {c.baseline} by "
+            f"{amount(effect.difference, effect, metric, sign=True)} in {metric.name} ({span}, more being better)."
+        )
+    if effect.low > 0:
+        verb = "raised" if metric.better == "higher" else "lowered"
+        by = amount(effect.difference, effect, metric)
+        return f"{c.finalist} {verb} {metric.name} by {by} over {c.baseline} ({span}, {rows})."
+    if effect.high < 0:
+        return (
+            f"Nothing tried is shown to beat {c.baseline}: the best part, {c.finalist}, was worse by "
+            f"{amount(-effect.difference, effect, metric)} in {metric.name} ({span}, {rows})."
+        )
+    return (
+        f"Nothing tried is shown to beat {c.baseline}: the best part, {c.finalist}, differed by "
+        f"{amount(effect.difference, effect, metric, sign=True)} in {metric.name} ({span}, {rows}); a lead of "
+        f"{amount(c.detectable, effect, metric)} or more would most likely have been seen."
+    )
+
+
+def own_answer(finalist: ArmResult | None, metric: Metric) -> str:
+    """Does the part improve its own model: by the search rows, so exploratory."""
+    if finalist is None or finalist.against_own is None:
+        return ""
+    effect = finalist.against_own
+    verdict = (
+        f"{finalist.name} improved on the same network without it"
+        if effect.low > 0
+        else f"{finalist.name} was worse than the same network without it"
+        if effect.high < 0
+        else f"whether {finalist.name} improves on the same network without it is open"
+    )
+    difference = amount(effect.difference, effect, metric, sign=True)
+    return f"On the search rows, exploratory: {verdict}: {difference} in {metric.name} (95% interval {bounds(effect)})."
+
+
+def amount(value: float, effect: Interval, metric: Metric, *, sign: bool = False) -> str:
+    """A number as precise as its interval, with its unit where it has a name."""
+    unit = f" {metric.unit}" if metric.unit in ("points", "nats") else ""
+    return figure(value, effect, sign=sign) + unit
+
+
+def bounds(effect: Interval) -> str:
+    """-1.5 to 0.9."""
+    return f"{figure(effect.low, effect)} to {figure(effect.high, effect)}"
+
+
+def figure(value: float, effect: Interval, *, sign: bool = False) -> str:
+    """A number as precise as its interval."""
+    half = (effect.high - effect.low) / 2
+    decimals = 1 if not np.isfinite(half) or half <= 0 else min(6, max(0, 1 - floor(log10(half))))
+    text = f"{value:{'+' if sign else ''}.{decimals}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
+def curves(
+    names: tuple[str, str],
+    predictions: tuple[NDArray[np.float64], NDArray[np.float64]],
+    target: NDArray[Any],
+    classes: int,
+) -> dict[str, Any]:
+    """For charts, by arm: "reliability", bins of what was predicted against what came, all seeds together; and for
+    classes "confusion", counts of (true class, predicted class) of the first seed.
+    """
+    found: dict[str, Any] = {"reliability": {}}
+    for name, values in zip(names, predictions):
+        predicted, observed = values, np.broadcast_to(target, values.shape[:2])
+        if classes:
+            predicted, observed = np.exp(values.max(-1)), values.argmax(-1) == target
+        found["reliability"][name] = _bins(predicted.ravel(), observed.ravel(), len(values))
+        if classes:
+            pairs = np.bincount(target * classes + values[0].argmax(-1), minlength=classes**2)
+            found.setdefault("confusion", {})[name] = pairs.reshape(classes, classes).tolist()
+    return found
+
+
+def _bins(predicted: NDArray[Any], observed: NDArray[Any], seeds: int) -> list[dict[str, float]]:
+    """Of equally many rows, in the order of what was predicted."""
+    return [
+        {
+            "predicted": float(predicted[part].mean()),
+            "observed": float(observed[part].mean()),
+            "rows": len(part) / seeds,
+        }
+        for part in np.array_split(np.argsort(predicted, kind="stable"), BINS)
+        if len(part)
+    ]

@@ -1,0 +1,227 @@
+"""The search: every arm tuned and scored on the same paired cells, hopeless ones dropped, all of it resumable.
+
+The rows that were not locked are dealt into folds several times over (partitions). A cell is an arm's training on
+all but one fold of one partition, with all its seeds as one stack, and its scores on that fold. All arms meet the
+same folds and, for the same seed, the same initial weights and batches. Boosting and linear models draw nothing,
+so they train once in a cell.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+import lossary
+from lossary import tasks
+from lossary.compare.arms import Arm
+from lossary.compare.cells import Bench, Job, Outcome, Protocol
+from lossary.compare.metrics import Metric
+from lossary.compare.statistics import over_cells
+from lossary.compare.store import Store, digest
+from lossary.tasks import Seeds, run_all
+
+VERSION = 1  # raised when the same job comes to give other numbers: what older code has stored is then not used
+RACES = (1, 2)  # after so many partitions hopeless arms are dropped
+ALWAYS_KEPT = 2  # leading parts that are never dropped, so that there is a finalist to confirm
+WORTH_WORKERS = 12.0  # seconds of work below which starting other processes costs more than it saves
+
+Finish = Callable[[Sequence[Job]], list[Outcome]]
+
+Progress = Callable[[int, int, str], None]
+"""Called with jobs done, jobs in all, and what was just done."""
+
+
+class Work:
+    """Finishes jobs: what the store holds is read, the rest is run and committed one by one.
+
+    Args:
+        bench: does a job.
+        store: where what is finished lies.
+        progress: told after each job.
+        workers: processes; None is one for each core, 0 none. Few short jobs run in this process in any case.
+    """
+
+    def __init__(
+        self, bench: Bench, store: Store, progress: Progress | None = None, workers: int | None = None
+    ) -> None:
+        self.bench, self.store, self.workers = bench, store, workers
+        self.progress = progress or (lambda done, total, text: None)
+        self.done = self.total = 0
+        self._seconds: list[float] = []
+        problem, protocol = bench.problem, bench.protocol
+        versions = [VERSION, lossary.__version__, torch.__version__, tasks.versions()]
+        self._base = [problem.digest, bench.metric, bench.label_noise, protocol.folds, versions]
+
+    def expect(self, total: int) -> None:
+        """How many jobs there will be in all, for the progress."""
+        self.total = total
+
+    def key(self, job: Job) -> str:
+        """Everything that a job's outcome depends on, in one hash."""
+        return digest([*self._base, asdict(job)])
+
+    def finish(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """The jobs' outcomes, in their order."""
+        keys = {self.key(job): job for job in jobs}
+        found = self.store.read(keys)
+        self.done += len(found)
+        for job, outcome in self._run([job for key, job in keys.items() if key not in found]):
+            value = {name: getattr(outcome, name) for name in ("scores", "seconds", "parameters", "error")}
+            key = self.key(job)
+            self.store.write(
+                key, arm=job.arm, kind=job.kind, partition=job.partition, fold=job.fold,
+                value=value, predictions=outcome.predictions,
+            )  # fmt: skip
+            found[key] = value
+            self.done += 1
+            self.progress(self.done, self.total, job.arm)
+        outcomes = []
+        for key, job in keys.items():
+            value = {**found[key], "scores": tuple(found[key]["scores"])}
+            kept = self.store.predictions(key) if job.kind == "confirm" and not value["error"] else None
+            outcomes.append(Outcome(**value, predictions=kept))
+        return outcomes
+
+    def _run(self, jobs: list[Job]) -> Iterator[tuple[Job, Outcome]]:
+        if jobs and not self._seconds:  # one job tells how long others may take
+            yield from self._timed(jobs[-1:], 0)
+            jobs = jobs[:-1]
+        if jobs:
+            few = np.mean(self._seconds[-50:]) * len(jobs) < WORTH_WORKERS
+            yield from self._timed(jobs, 0 if few else self.workers)
+
+    def _timed(self, jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Outcome]]:
+        for job, outcome in run_all(self.bench, jobs, workers=workers):
+            self._seconds.append(outcome.seconds)
+            yield job, outcome
+
+
+@dataclass
+class Search:
+    """What the search found, by arm: the tuned setting, the score of each cell, and why an arm was dropped."""
+
+    arms: tuple[Arm, ...]
+    setting: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def running(self) -> list[Arm]:
+        """The arms that are not dropped."""
+        return [arm for arm in self.arms if arm.name not in self.dropped]
+
+    def best(self, arms: Sequence[Arm], sign: float) -> list[Arm]:
+        """The arms by mean score, best first; the first named where they tie."""
+        return sorted(arms, key=lambda arm: -sign * np.nanmean(self.scores[arm.name]))
+
+
+def tune_jobs(arm: Arm, protocol: Protocol) -> list[Job]:
+    """Each configuration of an arm on each split for tuning."""
+    ids = _ids(arm, Seeds((0,)).tuning(protocol.tune_seeds).ids)
+    return [
+        Job("tune", arm.name, setting, 0, fold, ids, arm.code)
+        for setting in arm.settings
+        for fold in range(protocol.tune_splits)
+    ]
+
+
+def search(
+    arms: Sequence[Arm],
+    protocol: Protocol,
+    metric: Metric,
+    finish: Finish,
+    expect: Callable[[int], None] = lambda n: None,
+) -> Search:
+    """Tune every arm, score it cell by cell, drop what is hopeless.
+
+    An arm is dropped after the partitions in `RACES` if the whole interval of its lead over the best conventional arm
+    so far lies below 0. The best plain network stays in any case, for parts to be held against, and so do the
+    leading `ALWAYS_KEPT` parts.
+
+    Args:
+        arms: all of them, with their configurations.
+        protocol, metric: how much, and by what.
+        finish: gives the outcomes of jobs.
+        expect: told how many jobs will have been asked for in all, whenever that changes.
+    """
+    found, tuning = Search(tuple(arms)), [job for arm in arms for job in tune_jobs(arm, protocol)]
+    cells = protocol.partitions * protocol.folds
+    expect(len(tuning) + cells * len(arms) + 2)
+    _tune(found, metric, list(zip(tuning, finish(tuning))))
+    for begin, end in _stages(protocol.partitions):
+        running = found.running()
+        jobs = [
+            Job("cell", arm.name, found.setting[arm.name], partition, fold, _ids(arm, range(protocol.seeds)), arm.code)
+            for partition in range(begin, end)
+            for fold in range(protocol.folds)  # arms beside each other, so that an encoded fold serves them all
+            for arm in running
+        ]
+        left = (protocol.partitions - end) * protocol.folds * len(running)
+        expect(len(tuning) + sum(map(len, found.scores.values())) + len(jobs) + left + 2)
+        _collect(found, list(zip(jobs, finish(jobs))))
+        if end < protocol.partitions:
+            _race(found, protocol, metric)
+    return found
+
+
+def _stages(partitions: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) partition of each stage; between stages hopeless arms are dropped."""
+    ends = [end for end in RACES if end < partitions] + [partitions]
+    return list(pairwise([0, *ends]))
+
+
+def _tune(found: Search, metric: Metric, outcomes: list[tuple[Job, Outcome]]) -> None:
+    """Choose each arm's configuration by its mean score; an arm that fails with all of them is dropped."""
+    for arm in found.arms:
+        mine = [(job, outcome) for job, outcome in outcomes if job.arm == arm.name]
+        means = []
+        for setting in arm.settings:
+            own = [outcome for job, outcome in mine if job.setting == setting]
+            scores = [outcome.score for outcome in own if np.isfinite(outcome.score)]
+            failed = not scores or any(outcome.error for outcome in own)
+            means.append(-np.inf if failed else metric.sign * float(np.mean(scores)))
+        best = int(np.argmax(means))
+        found.setting[arm.name], found.scores[arm.name] = arm.settings[best], []
+        found.seconds[arm.name], found.parameters[arm.name] = 0.0, 0
+        if means[best] == -np.inf:
+            reason = next((outcome.error for _, outcome in mine if outcome.error), "its scores are not finite")
+            found.dropped[arm.name] = f"no configuration worked: {reason}"
+
+
+def _collect(found: Search, outcomes: list[tuple[Job, Outcome]]) -> None:
+    for job, outcome in outcomes:
+        if outcome.error:
+            found.dropped.setdefault(job.arm, f"failed in a cell: {outcome.error}")
+        elif job.arm not in found.dropped:
+            count = len(found.scores[job.arm])
+            found.scores[job.arm].append(outcome.score)
+            found.seconds[job.arm] = (count * found.seconds[job.arm] + outcome.seconds) / (count + 1)
+            found.parameters[job.arm] = outcome.parameters
+
+
+def _race(found: Search, protocol: Protocol, metric: Metric) -> None:
+    plain = found.best([arm for arm in found.running() if arm.part is None], metric.sign)
+    parts = found.best([arm for arm in found.running() if arm.part is not None], metric.sign)
+    if not plain:
+        return
+    best, networks = plain[0], [arm for arm in plain if arm.family == "network"]
+    ahead = np.array(found.scores[best.name])
+    for arm in plain + parts:
+        lead = over_cells(metric.sign * (np.array(found.scores[arm.name]) - ahead), 1 / (protocol.folds - 1)).interval
+        if lead.high < 0 and arm not in (*networks[:1], *parts[:ALWAYS_KEPT]):
+            found.dropped[arm.name] = f"hopeless after {len(ahead)} cells: behind {best.name} throughout its interval"
+
+
+def _ids(arm: Arm, ids: Sequence[int]) -> tuple[int, ...]:
+    """A network's seeds; the other families draw nothing, so one run stands for all."""
+    return tuple(ids) if arm.family == "network" else (ids[0],)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

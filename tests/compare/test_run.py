@@ -1,0 +1,419 @@
+"""The comparison as a whole: arms are paired; it repeats, resumes, drops what is hopeless and keeps its budget."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lossary.compare import compare, run
+from lossary.compare.arms import Arm
+from lossary.compare.cells import Bench, Job, Outcome, Protocol
+from lossary.compare.encode import Encoder
+from lossary.compare.load import load
+from lossary.compare.metrics import named
+from lossary.compare.problem import Problem, lock
+from lossary.compare.search import ALWAYS_KEPT, Work, search
+from lossary.compare.store import Store
+from lossary.compare.training import Fold, predict
+from lossary.errors import BadInput
+from lossary.tasks import Seeds
+
+TINY = Protocol(partitions=2, folds=3, seeds=2, confirm_seeds=3, settings=2, tune_splits=2, tune_seeds=1, steps=15)
+ARMS = ["linear", "boosting", "network", "sam", "infobatch"]
+NETWORK = {
+    "family": "network", "class_weight": None, "hidden": [8], "activation": "relu", "steps": 15, "batch": 16,
+    "optimizer": "AdamW", "lr": 1e-2, "weight_decay": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """240 rows in groups of four, classes that two of the columns tell."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(240, 3)).round(4), columns=["a", "b", "c"])
+    frame["site"] = np.arange(240) // 4
+    frame["y"] = np.where(frame.a - frame.b + 0.5 * rng.normal(size=240) > 0, "yes", "no")
+    path = tmp_path_factory.mktemp("data") / "small.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+def without_times(found) -> dict:
+    record = json.loads(json.dumps(found.to_json(), default=str))
+    del record["seconds"], record["command"]
+    for arm in record["arms"]:
+        del arm["seconds"]
+    return record
+
+
+# Pairing
+
+
+def fold(classes: int = 3) -> Fold:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 4)).astype(np.float32)
+    y = rng.integers(0, classes, 60) if classes else rng.normal(size=60)
+    return Fold(x[:60], y, x[60:], classes, np.arange(60) % 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"part": "losses.poly1_cross_entropy", "role": "loss", "hyper": {"epsilon": 0.0}},
+        {"part": "optim.SAM", "role": "optimizer", "hyper": {"rho": 0.0}},
+    ],
+    ids=lambda part: part["part"],
+)
+@pytest.mark.parametrize("weight", [None, "balanced"])
+def test_a_part_without_effect_is_the_plain_network(part, weight):
+    """Weights, batches and class weights are those of the plain network: what differs between arms is the part."""
+    setting = {**NETWORK, "class_weight": weight}
+    plain, _ = predict(setting, fold(), Seeds((0, 1)))
+    found, parameters = predict({**setting, **part}, fold(), Seeds((0, 1)))
+    np.testing.assert_allclose(found, plain, atol=2e-5)
+    assert parameters == 4 * 8 + 8 + 8 * 3 + 3
+
+
+def test_a_seed_does_not_depend_on_its_neighbours():
+    together, _ = predict(NETWORK, fold(), Seeds((0, 1, 2)))
+    alone, _ = predict(NETWORK, fold(), Seeds((1,)))
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
+    assert np.abs(together[0] - together[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"part": "weighting.GroupDRO", "role": "weighting", "hyper": {"step_size": 0.5}},
+        {"part": "weighting.InfoBatch", "role": "selector", "hyper": {"ratio": 0.5}},
+        {"part": "weighting.CompressedCoTeaching", "role": "procedure", "hyper": {"sigma": 3.0}},
+        {"part": "losses.poly1_cross_entropy", "role": "loss", "hyper": {"epsilon": 5.0}},
+        {"part": "optim.SAM", "role": "optimizer", "hyper": {"rho": 0.5}},
+    ],
+    ids=lambda part: part["part"],
+)
+def test_a_part_of_every_role_changes_training(part):
+    plain, _ = predict(NETWORK, fold(), Seeds((0, 1)))
+    found, _ = predict({**NETWORK, **part}, fold(), Seeds((0, 1)))
+    assert found.shape == plain.shape == (2, 30, 3)
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
+    assert np.abs(found - plain).max() > 1e-3
+
+
+def test_a_real_target_comes_back_in_its_own_units():
+    data = fold(classes=0)
+    data = replace(data, y=1000 + 50 * data.x[:, 0].astype(float), test=data.test * 0)
+    setting = {**NETWORK, "error": "squared", "steps": 200}
+    for error in ("squared", "absolute"):
+        values, _ = predict({**setting, "error": error}, data, Seeds((0, 1)))
+        assert values.shape == (2, 30)
+        assert np.abs(values - 1000).max() < 15
+
+
+def test_all_arms_meet_the_same_folds_and_no_group_is_parted(table):
+    problem = load(table, target="y", group="site")
+    rows, locked = lock(problem)
+    bench = Bench(problem, rows, locked, named("accuracy"), TINY, None)
+    assert not set(problem.group[rows]) & set(problem.group[locked])
+    for partition in range(2):
+        part = bench._parts("cell", partition)
+        np.testing.assert_array_equal(part, bench._parts("cell", partition))
+        assert sorted(set(part)) == [0, 1, 2]
+        for group in np.unique(problem.group[rows]):
+            assert len(set(part[problem.group[rows] == group])) == 1
+    assert (bench._parts("cell", 0) != bench._parts("cell", 1)).any()
+
+
+def test_the_encoder_sees_training_rows_only(monkeypatch, table):
+    problem = load(table, target="y")
+    rows, locked = lock(problem)
+    seen = []
+    fit = Encoder.fit
+    monkeypatch.setattr(Encoder, "fit", lambda self, frame: seen.append(set(frame.index)) or fit(self, frame))
+    bench = Bench(problem, rows, locked, named("accuracy"), TINY, None)
+    part = bench._parts("cell", 0)
+    bench(Job("cell", "linear", {"family": "linear", "class_weight": None, "C": 1.0}, 0, 1, (0,)))
+    assert seen == [set(rows[part != 1])]
+
+
+# The search, with made-up scores
+
+
+def made_up(scores: dict[str, float], error: tuple[str, str] | None = None):
+    """Outcomes of arms whose scores are known: mean by arm, the same noise for all in a cell, a little of its own."""
+    asked: list[Job] = []
+
+    def finish(jobs):
+        asked.extend(jobs)
+        outcomes = []
+        for job in jobs:
+            own = np.random.default_rng((job.partition, job.fold, sum(job.arm.encode()))).normal()
+            common = np.random.default_rng((job.partition, job.fold)).normal()
+            if error and error == (job.kind, job.arm):
+                outcomes.append(Outcome(error="refused"))
+            else:
+                gain = 5.0 * job.setting.get("good", 0)
+                outcomes.append(Outcome((scores[job.arm] + gain + common + 0.1 * own,) * len(job.seeds), 0.1, 7))
+        return outcomes
+
+    return finish, asked
+
+
+def arm(name: str, part: bool = True) -> Arm:
+    settings = tuple({"family": "network", "good": good} for good in (0, 1))
+    return Arm(name, "network", "", settings, part="losses.x" if part else None)
+
+
+def test_the_better_configuration_is_chosen_and_hopeless_parts_stop_at_fixed_counts():
+    scores = {"plain": 80.0, "poor": 60.0, "a": 81.0, "b": 79.0, "c": 70.0, "d": 78.0}
+    finish, asked = made_up(scores)
+    arms = [arm("plain", part=False), arm("poor", part=False), *map(arm, "abcd")]
+    found = search(arms, replace(TINY, partitions=4), named("accuracy"), finish)
+    assert all(setting["good"] for setting in found.setting.values())
+    assert set(found.dropped) == {"poor", "c", "d"}
+    assert "hopeless after 3 cells" in found.dropped["c"]
+    stopped = {"poor": 3, "c": 3, "d": 3}
+    assert {name: len(cells) for name, cells in found.scores.items()} == {"plain": 12, "a": 12, "b": 12} | stopped
+    cells = [job for job in asked if job.kind == "cell"]
+    assert len(cells) == sum(map(len, found.scores.values()))
+    first = {(job.partition, job.fold, job.seeds) for job in cells if job.arm == "plain"}
+    assert {(job.partition, job.fold, job.seeds) for job in cells if job.arm == "a"} == first
+    assert not {id for job in asked if job.kind == "tune" for id in job.seeds} & {
+        id for job in cells for id in job.seeds
+    }
+
+
+def test_the_best_plain_network_stays_for_parts_to_be_held_against():
+    finish, _ = made_up({"trees": 90.0, "plain": 60.0, "weighted": 61.0, "a": 60.0})
+    arms = [replace(arm("trees", part=False), family="boosting"), arm("plain", part=False), arm("weighted", part=False)]
+    assert set(search([*arms, arm("a")], TINY, named("accuracy"), finish).dropped) == {"plain"}
+
+
+def test_the_leading_parts_stay_even_where_all_are_hopeless():
+    finish, _ = made_up({"plain": 90.0, "a": 60.0, "b": 61.0, "c": 50.0})
+    found = search([arm("plain", part=False), *map(arm, "abc")], TINY, named("accuracy"), finish)
+    assert set(found.dropped) == {"c"}
+    assert len(found.running()) == 1 + ALWAYS_KEPT
+
+
+def test_lower_is_better_where_it_is():
+    finish, _ = made_up({"plain": 1.0, "a": 9.0, "b": 8.0, "c": 30.0})
+    found = search([arm("plain", part=False), *map(arm, "abc")], TINY, named("RMSE"), finish)
+    assert not any(setting["good"] for setting in found.setting.values())
+    assert set(found.dropped) == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("tune", "no configuration worked: refused"), ("cell", "failed in a cell")]
+)
+def test_an_arm_that_fails_is_dropped_with_the_reason(kind, words):
+    finish, _ = made_up({"plain": 80.0, "a": 81.0}, error=(kind, "a"))
+    found = search([arm("plain", part=False), arm("a")], TINY, named("accuracy"), finish)
+    assert words in found.dropped["a"]
+    assert len(found.scores["plain"]) == 6
+
+
+# The store
+
+
+def test_a_cell_is_kept_as_it_was_first_written(tmp_path):
+    store = Store(tmp_path / "cells.sqlite")
+    row = {"arm": "a", "kind": "confirm", "partition": 0, "fold": 0}
+    values = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
+    store.write("k", **row, value={"scores": [1.0]}, predictions=values)
+    store.write("k", **row, value={"scores": [2.0]}, predictions=None)
+    again = Store(tmp_path / "cells.sqlite")
+    assert again.read(["k", "unknown"]) == {"k": {"scores": [1.0]}}
+    np.testing.assert_array_equal(again.predictions("k"), values)
+
+
+def test_no_store_is_refused(tmp_path):
+    (tmp_path / "cells.sqlite").write_text("This is no database, but a longer text that fills a header or so. " * 20)
+    with pytest.raises(BadInput, match="--out"):
+        Store(tmp_path / "cells.sqlite")
+
+
+def test_a_key_holds_all_that_an_outcome_depends_on(table):
+    problem = load(table, target="y")
+    rows, locked = lock(problem)
+    job = Job("cell", "a", {"family": "linear", "C": 1.0}, 0, 0, (0, 1))
+
+    def key(job: Job = job, problem: Problem = problem, metric: str = "accuracy", protocol: Protocol = TINY) -> str:
+        return Work(Bench(problem, rows, locked, named(metric), protocol, None), Store()).key(job)
+
+    other = [
+        key(replace(job, setting={"family": "linear", "C": 2.0})),
+        key(replace(job, seeds=(0, 2))),
+        key(replace(job, fold=1)),
+        key(replace(job, code="edited")),
+        key(metric="AUROC"),
+        key(protocol=replace(TINY, folds=5)),
+        key(problem=load(table, target="y", drop=["c"])),
+    ]
+    assert len({key(), *other}) == 8
+    assert key(protocol=replace(TINY, partitions=4)) == key()  # further partitions build on those there are
+
+
+# The whole
+
+
+@pytest.fixture(scope="module")
+def found(table):
+    return compare(table, target="y", arms=ARMS, seeds=2, protocol=TINY, workers=0)
+
+
+def test_the_answer_rests_on_the_locked_rows(found):
+    assert [arm.name for arm in found.arms if arm.conventional and arm.against_baseline is None] == [
+        found.confirmation.baseline
+    ]
+    assert {arm.name for arm in found.arms} == {
+        "linear model", "gradient boosting", "plain network", "sam: SAM", "infobatch: InfoBatch"
+    }  # fmt: skip
+    assert found.data["rows"] == 240
+    assert found.confirmation.rows == found.data["locked"]
+    for name in (found.confirmation.finalist, found.confirmation.baseline):
+        assert sum(map(sum, found.curves["confusion"][name])) == found.data["locked"]
+        assert sum(bin["rows"] for bin in found.curves["reliability"][name]) == pytest.approx(found.data["locked"])
+    assert found.confirmation.exploratory.startswith(f"only {found.data['locked']} rows")
+    assert found.sentence.startswith("Exploratory only")
+    assert found.protocol["seeds"] == 2
+    for arm in found.arms:
+        assert arm.cells == 6 or arm.dropped
+        assert np.mean(arm.cell_scores) == pytest.approx(arm.score)
+        assert arm.tried == 2
+
+
+def test_settings_say_all_there_is_to_say(found):
+    arms = {arm.name: arm for arm in found.arms}
+    assert arms["infobatch: InfoBatch"].setting["facts"] == {"num_samples": found.data["rows"] - found.data["locked"]}
+    for arm in arms.values():
+        assert json.loads(json.dumps(arm.setting)) == arm.setting
+
+
+def test_a_setting_alone_gives_the_locked_scores_again(found, table):
+    problem = load(table, target="y")
+    rows, locked = lock(problem)
+    encoder = Encoder().fit(problem.features.iloc[rows])
+    x, unseen = (encoder.transform(problem.features.iloc[part]) for part in (rows, locked))
+    for name, score in zip(("finalist", "baseline"), found.confirmation.scores):
+        arm = next(arm for arm in found.arms if arm.name == getattr(found.confirmation, name))
+        seeds = Seeds((0, 1, 2) if arm.family == "network" else (0,))
+        predictions, _ = predict(arm.setting, Fold(x, problem.target[rows], unseen, 2), seeds)
+        assert named("accuracy").score(predictions, problem.target[locked]).mean() == pytest.approx(score)
+
+
+def test_the_same_call_gives_the_same_answer(found, table):
+    again = compare(table, target="y", arms=ARMS, seeds=2, protocol=TINY, workers=0)
+    assert without_times(again) == without_times(found)
+
+
+PROGRAM = """
+import sys
+from lossary.compare import run, search
+from lossary.compare.cells import Protocol
+if __name__ == "__main__":
+    search.WORTH_WORKERS = 0.0  # so that processes are started even for this
+    table, out, arms = sys.argv[1:]
+    run.compare(table, target="y", arms=arms.split(","), seeds=2, out=out, protocol=Protocol(**{protocol}), workers=2)
+"""
+
+
+def committed(store: Path) -> dict[str, tuple[int, str]]:
+    if not store.exists():
+        return {}
+    with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
+        try:
+            return {key: (row, value) for row, key, value in connection.execute("select rowid, key, value from cells")}
+        except sqlite3.OperationalError:  # the table is about to be made
+            return {}
+
+
+def test_a_killed_run_resumes_and_computes_nothing_twice(found, table, tmp_path):
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(PROGRAM.replace("{protocol}", repr(vars(TINY))))
+    running = subprocess.Popen([sys.executable, program, table, out, ",".join(ARMS)])
+    try:
+        until = time.monotonic() + 120
+        while len(committed(out / "cells.sqlite")) < 12 and running.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    before = committed(out / "cells.sqlite")
+    assert len(before) >= 12
+
+    told = []
+    resumed = compare(
+        table,
+        target="y",
+        arms=ARMS,
+        seeds=2,
+        protocol=TINY,
+        out=out,
+        workers=0,
+        progress=lambda *state: told.append(state),
+    )
+    after = committed(out / "cells.sqlite")
+    assert {key: after[key] for key in before} == before
+    assert len(told) == len(after) - len(before)
+    assert told[-1][0] == told[-1][1] == len(after)
+    assert without_times(resumed) == without_times(found)  # of one process without interruption
+    assert {"report.html", "result.json", "winner.py"} <= {file.name for file in out.iterdir()}
+    assert json.loads((out / "result.json").read_text("utf-8"))["sentence"] == resumed.sentence
+
+
+# Budget and folder
+
+
+def plan_of(seconds: float, parts: int = 6) -> run.Plan:
+    """A plan whose arms all take so long for their first training."""
+
+    class Told:
+        def finish(self, jobs):
+            return [Outcome((1.0,), seconds) for _ in jobs]
+
+    arms = (arm("plain", part=False), *(replace(arm(f"p{i}"), part=f"losses.p{i}") for i in range(parts)))
+    return run.Plan(*[None] * 6, Protocol(settings=2), arms, (), Told())
+
+
+def test_a_budget_cuts_partitions_and_then_the_worst_fitting_parts():
+    full = plan_of(1.0)
+    assert run._within(1e9, full) == full
+    first = run._first_round(full)
+    seen = [run._within(budget, full) for budget in np.linspace(run._seconds(full, first), 0, 60)]
+    sizes = [(plan.protocol.partitions, len(plan.arms)) for plan in seen]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == (4, 7)
+    assert {partitions for partitions, arms in sizes if arms == 7} == {4, 3, 2, 1}
+    assert sizes[-1] == (1, 2)
+    assert "longer than the budget" in seen[-1].notes[0]
+    assert seen[-1].skipped[0] == ("losses.p5", "the budget of 0 s leaves no time for it")
+    shorter = next(plan for plan in seen if plan.protocol.partitions == 1 and len(plan.arms) == 4)
+    assert run._seconds(shorter, first) <= run._seconds(full, first)
+
+
+def test_a_budget_is_kept_to_and_said(table):
+    found = compare(table, target="y", arms=["linear", "sam"], seeds=2, protocol=TINY, workers=0, budget=0.001)
+    assert found.protocol["partitions"] == 1
+    assert any("longer than the budget" in note for note in found.notes)
+
+
+def test_folders_that_hold_other_things_are_refused(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for folder, words in ((tmp_path / "full", "holds other files"), (tmp_path / "file" / "sub", "is a file")):
+        with pytest.raises(BadInput, match=words):
+            run.check_folder(folder)
+    assert run.check_folder(tmp_path / "new" / "one") == tmp_path / "new" / "one"
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "full" / "cells.sqlite").touch()
+    run.check_folder(tmp_path / "full")

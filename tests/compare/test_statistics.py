@@ -1,0 +1,270 @@
+"""The statistics against numbers worked by hand, and the whole comparison where no arm differs from another."""
+
+import zlib
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import f1_score, r2_score, roc_auc_score
+
+from lossary.compare import run
+from lossary.compare.arms import Arm
+from lossary.compare.cells import HELD_OUT, Job, Outcome, Protocol
+from lossary.compare.metrics import METRICS, named
+from lossary.compare.problem import Problem, lock
+from lossary.compare.profile import Profile
+from lossary.compare.search import search
+from lossary.compare.statistics import Estimate, holm, over_cells, over_rows, too_few
+
+ACCURACY, BALANCED, LOG_LOSS = named("accuracy"), named("balanced accuracy"), named("log-loss")
+
+
+def chosen(labels: list[list[int]], classes: int = 2) -> np.ndarray:
+    """Log-probabilities (S, n, k) whose largest is each given label."""
+    return np.log(0.1 + 0.8 * np.eye(classes)[np.array(labels)])
+
+
+def test_interval_over_cells_by_hand():
+    # mean 2.5, s^2 = 5/3, SE^2 = 5/3 (1/4 + 1/4) = 5/6; t with 3 degrees of freedom: 3.182446 at 97.5%
+    found = over_cells(np.array([1.0, 2.0, 3.0, 4.0]), 0.25)
+    half = 3.182446305284263 * np.sqrt(5 / 6)
+    assert found.interval.difference == 2.5
+    assert found.interval.low == pytest.approx(2.5 - half, abs=1e-9)
+    assert found.interval.high == pytest.approx(2.5 + half, abs=1e-9)
+    assert found.detectable == pytest.approx(2.8 * np.sqrt(5 / 6))
+
+
+def test_p_says_what_the_interval_says():
+    for shift in (-4.0, 0.3, 1.0, 2.0, 2.2, 5.0):
+        found = over_cells(shift + np.array([0.5, -1.0, 2.0, 0.1, -0.4]), 0.25)
+        outside = found.interval.low > 0 or found.interval.high < 0
+        assert (found.p < 0.05) == outside
+    assert Estimate(0.0, 0.0, 4).p == 1.0
+
+
+def test_cells_without_a_score_do_not_count():
+    assert over_cells(np.array([1.0, np.nan, 3.0, 2.0]), 0.25) == over_cells(np.array([1.0, 3.0, 2.0]), 0.25)
+
+
+def test_holm_by_hand():
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "dropped": 1.0})
+    assert found == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "dropped": 1.0})
+
+
+def test_rows_and_seeds_by_hand():
+    target = np.array([0, 0, 1, 1])
+    first, second = chosen([[0, 0, 1, 1], [0, 1, 1, 1]]), chosen([[0, 1, 1, 0]])
+    # Points of difference: seed 0 (0, 100, 0, 100), seed 1 (0, 0, 0, 100); z = (0, 50, 0, 100), mean 37.5
+    found = over_rows(ACCURACY, first, second, target, np.arange(4), np.random.default_rng(0))
+    s_z, s_seed = np.var([0, 50, 0, 100], ddof=1), np.var([50, 25], ddof=1)
+    assert found.difference == 37.5
+    assert found.error**2 == pytest.approx(s_z / 4 + s_seed / 2)
+    assert found.freedom == pytest.approx((s_z / 4 + s_seed / 2) ** 2 / ((s_z / 4) ** 2 / 3 + (s_seed / 2) ** 2 / 1))
+
+
+def test_balanced_accuracy_takes_its_variance_within_classes():
+    rng = np.random.default_rng(0)
+    target = np.repeat([0, 1, 2], (200, 60, 15))
+    first, second = (chosen(rng.integers(0, 3, (1, 275)).tolist(), 3) for _ in range(2))
+    found = over_rows(BALANCED, first, second, target, np.arange(275), rng)
+    lead = 100.0 * ((first[0].argmax(-1) == target).astype(float) - (second[0].argmax(-1) == target))
+    by_class = [lead[target == k] for k in range(3)]
+    assert found.difference == pytest.approx(np.mean([values.mean() for values in by_class]))
+    assert found.error**2 == pytest.approx(sum(values.var(ddof=1) / len(values) for values in by_class) / 9)
+
+
+def test_copies_add_nothing():
+    rng = np.random.default_rng(1)
+    target = rng.integers(0, 2, 120)
+    first, second = (chosen(rng.integers(0, 2, (3, 120)).tolist()) for _ in range(2))
+    once = over_rows(LOG_LOSS, first, second, target, np.arange(120), rng)
+    twice = over_rows(
+        LOG_LOSS, first.repeat(2, axis=1), second.repeat(2, axis=1), target.repeat(2), np.arange(120).repeat(2), rng
+    )
+    assert twice.difference == pytest.approx(once.difference)
+    assert twice.error == pytest.approx(once.error)
+
+
+def test_bootstrap_agrees_with_the_formula():
+    rng = np.random.default_rng(2)
+    target = rng.integers(0, 2, 300)
+    # Seeds of an arm agree on most rows, as trained models do.
+    first, second = (chosen((rng.integers(0, 2, 300) ^ (rng.random((20, 300)) < 0.02)).tolist()) for _ in range(2))
+    by_weights = replace(ACCURACY, rows=None, weighted=lambda p, y, w: 100 * (w @ (p.argmax(-1) == y)) / w.sum(1))
+    exact = over_rows(ACCURACY, first, second, target, np.arange(300), rng)
+    drawn = over_rows(by_weights, first, second, target, np.arange(300), rng)
+    assert drawn.difference == pytest.approx(exact.difference)
+    assert drawn.error == pytest.approx(exact.error, rel=0.1)
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_metrics_agree_with_scikit_learn(metric):
+    rng = np.random.default_rng(3)
+    target = rng.integers(0, 3, 200)
+    logits = rng.normal(size=(200, 3)) + np.eye(3)[target]
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    predicted, values = log_p.argmax(1), target + rng.normal(size=200)
+    expected = {
+        "accuracy": 100 * np.mean(predicted == target),
+        "balanced accuracy": 100 * np.mean([(predicted[target == k] == k).mean() for k in range(3)]),
+        "log-loss": -np.mean(log_p[np.arange(200), target]),
+        "AUROC": 100 * roc_auc_score(target, np.exp(log_p), multi_class="ovr"),
+        "macro F1": 100 * f1_score(target, predicted, average="macro"),
+        "MAE": np.mean(np.abs(values - target)),
+        "RMSE": np.sqrt(np.mean((values - target) ** 2)),
+        "R2": r2_score(target, values),
+    }[metric.name]
+    prediction = log_p if metric.task == "classes" else values
+    assert metric.score(prediction[None], target)[0] == pytest.approx(expected)
+
+
+def test_auroc_counts_ties_half():
+    target = np.array([0, 0, 1, 1])
+    p = np.array([0.2, 0.6, 0.6, 0.9])
+    assert named("auc").score(np.log(np.stack([1 - p, p], 1))[None], target)[0] == pytest.approx(87.5)
+
+
+def test_weights_are_copies():
+    rng = np.random.default_rng(4)
+    target, times = rng.integers(0, 3, 50), rng.integers(0, 4, 50)
+    log_p = np.log(rng.dirichlet(np.ones(3), 50))
+    real, values = rng.normal(size=50), rng.normal(size=50)
+    for metric in METRICS:
+        if metric.weighted:
+            prediction, truth = (log_p, target) if metric.task == "classes" else (values, real)
+            weighted = metric.weighted(prediction, truth, times[None].astype(float))[0]
+            copied = metric.score(prediction.repeat(times, axis=0)[None], truth.repeat(times))[0]
+            assert weighted == pytest.approx(copied), metric.name
+
+
+@pytest.mark.parametrize(
+    ("target", "classes", "words"),
+    [
+        (np.zeros(99), 0, "only 99 rows"),
+        (np.repeat([0, 1], (200, 9)), 2, "rarest class has only 9"),
+        (np.repeat([0, 1], (200, 10)), 2, ""),
+        (np.repeat([0, 1], (100, 100)), 3, "rarest class has only 0"),
+    ],
+)
+def test_too_few_locked_rows(target, classes, words):
+    found = too_few(target, classes)
+    assert found.startswith(words) or words in found
+    assert bool(found) == bool(words)
+
+
+# The whole comparison, with arms that are solved in closed form: least squares on random features
+
+
+def forget(*_: object) -> None:
+    """No progress to show."""
+
+
+def simulated(seed: int, protocol: Protocol, gain: float) -> run.Plan:
+    """A comparison of four parts and two conventional arms. Each seed draws features of its own from the same law,
+    so no arm differs from another, unless the first part is given features that see `gain` more of the truth.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(440, 4))
+    y = (x @ np.array([1.0, -1.0, 0.5, 0.0]) + rng.normal(size=440) > 0).astype(np.int64)
+    problem = Problem("simulated", "", pd.DataFrame(x), y, "y", "classes", ("no", "yes"))
+    rows, locked = lock(problem, seed=seed)
+    names = [f"part {i}" for i in range(4)] + ["plain", "other"]
+    arms = tuple(
+        Arm(
+            name,
+            "network",
+            "",
+            tuple({"family": "network", "class_weight": None, "try": i} for i in range(protocol.settings)),
+            part=None if name in ("plain", "other") else "losses.poly1_cross_entropy",
+        )
+        for name in names
+    )
+    inputs = np.column_stack([x, np.ones(440)])
+
+    def finish(jobs: list[Job]) -> list[Outcome]:
+        return [solve(job) for job in jobs]
+
+    def solve(job: Job) -> Outcome:
+        if job.kind == "confirm":
+            train, test = rows, locked
+        else:
+            number = HELD_OUT if job.kind == "tune" else protocol.folds
+            part = parts(job.kind, job.partition, number)
+            train, test = rows[part != job.fold], rows[part == job.fold]
+        own = np.random.default_rng((seed, zlib.crc32(repr((job.arm, job.setting["try"], job.seeds)).encode())))
+        weight = own.normal(size=(len(job.seeds), 5, 3))
+        if job.arm == "part 0":
+            weight[:, :3, :2] += gain * np.array([[1.0, -1.0], [-1.0, 1.0], [0.5, -0.5]])
+        hidden = np.maximum(inputs @ weight, 0)
+        a, b = hidden[:, train], 2.0 * y[train] - 1
+        solved = np.linalg.solve(a.mT @ a + np.eye(3), (a.mT @ b)[..., None])[..., 0]
+        margin = np.einsum("snk,sk->sn", hidden[:, test], solved)
+        predictions = np.stack([-margin, margin], -1)
+        scores = ACCURACY.score(predictions, y[test])
+        return Outcome(tuple(scores), 0.0, 0, "", predictions if job.kind == "confirm" else None)
+
+    cache: dict[object, np.ndarray] = {}
+
+    def parts(kind: str, partition: int, number: int) -> np.ndarray:
+        key = (kind, partition)
+        if key not in cache:
+            order = np.random.default_rng((seed, kind == "tune", partition)).permutation(len(rows))
+            cache[key] = order % number
+        return cache[key]
+
+    bench = SimpleNamespace(facts=dict)
+    work = SimpleNamespace(finish=finish, expect=forget, bench=bench)
+    profile = Profile(len(rows), 4, 2, (), None, 0.0, (), ())
+    return run.Plan(problem, rows, locked, profile, ACCURACY, "", protocol, arms, (), work)
+
+
+def claims_that_a_part_helps(count: int, protocol: Protocol, gain: float = 0.0) -> int:
+    """How many of the comparisons end with the sentence that the best part beat the best conventional arm."""
+    claims = 0
+    for seed in range(count):
+        plan = simulated(seed, protocol, gain)
+        found = search(plan.arms, protocol, plan.metric, plan.work.finish)
+        results = run._results(plan, found)
+        confirmation, _ = run._confirm(plan, found, results)
+        assert not confirmation.exploratory
+        claims += " raised accuracy by " in run.answer(confirmation, plan.metric)
+    return claims
+
+
+SHORT = Protocol(partitions=2, folds=3, seeds=2, confirm_seeds=20, settings=1, tune_splits=2, tune_seeds=1)
+
+
+def test_where_no_arm_differs_few_comparisons_claim_that_one_helps():
+    # At 2.5% a claim, 400 bring 10 on average, and more than 18 with probability 0.7%.
+    assert claims_that_a_part_helps(400, SHORT) <= 18
+
+
+def test_where_one_part_helps_most_comparisons_say_so():
+    assert claims_that_a_part_helps(20, SHORT, gain=3.0) >= 17
+
+
+def test_intervals_over_cells_hold_their_level():
+    """Two learners on columns of the same law: the corrected t finds a difference in about 5% of samples, the plain t
+    over cells, which takes them for independent, in half of them."""
+    plain = corrected = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(200, 4))
+        y = np.sign(x.sum(1) + rng.normal(size=200))
+        lead = []
+        for cell in range(20):
+            if cell % 5 == 0:
+                fold = rng.permutation(200) % 5
+            train, test = fold != cell % 5, fold == cell % 5
+            right = []
+            for columns in ([0, 1], [2, 3]):
+                weight = np.linalg.lstsq(x[train][:, columns], y[train], rcond=None)[0]
+                right.append(np.mean(np.sign(x[test][:, columns] @ weight) == y[test]))
+            lead.append(right[0] - right[1])
+        corrected += over_cells(np.array(lead), 0.25).p < 0.05
+        plain += stats.ttest_1samp(lead, 0).pvalue < 0.05
+    assert corrected <= 14
+    assert plain >= 40
