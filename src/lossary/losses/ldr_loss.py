@@ -9,10 +9,12 @@ labels are wrong, and on clean labels it is one more knob beside weight decay.
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from lossary import require
 from lossary.losses._softmax import log_prob, scaled
@@ -24,8 +26,9 @@ PAPER = Paper(
     year=2023,
     helps=("label-noise",),
     departs=(
-        "ALDR-KL finds each sample's lambda anew at every call; the official code keeps a table of them, by sample "
-        "index, and improves an entry once per visit, towards the same end",
+        "aldr_kl_loss finds each sample's lambda anew at every call; the official code keeps a table of them, by "
+        "sample index, and improves an entry once per visit, towards the same end",
+        "ALDRKLLoss keeps that table, but takes the loss before it improves the entry, which saves the second softmax",
         "the margin enters that lambda; in the official code it does not",
         "normalising the logits is an option; the paper's experiments always do it",
     ),
@@ -33,7 +36,7 @@ PAPER = Paper(
 )
 
 _NEWTON_STEPS = 4
-_CELLS = 2**18  # numbers of a block of samples that Newton's steps keep in the cache
+_CELLS = 2**18  # numbers of a block of samples that stays in the cache while it is worked on
 
 
 @loss(
@@ -96,6 +99,10 @@ def aldr_kl_loss(
     it is the only maximum up to about 120 classes; with more, or alpha nearer 1, it may be a local one. It is then
     held fixed, which by Danskin's theorem leaves first derivatives exact; second derivatives do not see it move.
 
+    The steps cost four softmaxes, so that with many classes it takes several times as long as `ldr_kl_loss`. Prefer
+    `ALDRKLLoss` there, if samples carry an index and are visited often; prefer this one for few classes, for a
+    stream, under augmentation, or where a sample's loss must not depend on what came before.
+
     Args:
         input: logits f over K classes.
         target: class numbers y, 0 to K - 1.
@@ -122,6 +129,77 @@ def aldr_kl_loss(
 
 @loss(
     on="classes",
+    examples=({"lam0": 1.0}, {"lam0": 0.3, "alpha": 4.0, "margin": 1.0}, {"lam0": 3.0, "normalize": True}),
+    tune={"lam0": (0.1, 1.0, 10.0), "normalize": (True,)},
+    xfail={"gradient": "in training mode a visit moves the lambda of the next, so repeated calls differ; see eval()"},
+)
+class ALDRKLLoss(nn.Module):
+    """`aldr_kl_loss` with a table of every sample's lam, improved once per visit: one softmax a call.
+
+    A visit takes the loss at the stored lam and then, in training mode, stores lam0 (1 - KL / (alpha log K)), where
+    KL is the adversary's at the lam just used. Visits to unchanged logits rise to `aldr_kl_loss` wherever that has a
+    single maximum. In evaluation mode the table is only read.
+
+    Args:
+        num_samples: N, length of the table.
+        lam0, alpha, margin, normalize: as in `aldr_kl_loss`.
+        input: logits f over K classes.
+        target: class numbers y, 0 to K - 1.
+        index: which samples of the N these are.
+
+    Attributes:
+        share: (N,), lam / lam0 of every sample, 1 before the first visit; a buffer.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, num_samples below 1, lam0 not above 0, alpha not above 1, margin
+            below 0.
+
+    >>> import torch
+    >>> criterion = ALDRKLLoss(3, margin=0.0)
+    >>> for _ in range(2):
+    ...     print(criterion(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), index=torch.tensor([2])))
+    tensor([2.3554])
+    tensor([2.4727])
+    >>> criterion.share
+    tensor([1.0000, 1.0000, 0.5370])
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        lam0: float | Tensor = 1.0,
+        alpha: float | Tensor = 2.0,
+        margin: float | Tensor = 0.1,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        require.whole("num_samples", num_samples, at_least=1)
+        require.number("lam0", lam0, above=0.0)
+        require.number("alpha", alpha, above=1.0)
+        require.number("margin", margin, at_least=0.0)
+        require.one_of("normalize", normalize, (True, False))
+        self.lam0, self.alpha, self.margin, self.normalize = lam0, alpha, margin, normalize
+        self.register_buffer("share", torch.ones(num_samples))
+
+    def forward(
+        self, input: Float[Tensor, "*batch classes"], target: Int[Tensor, "*batch"], *, index: Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
+        """The loss of every sample, at its stored lam."""
+        unit = _unit(input, target, self.margin, self.normalize)
+        require.integers("index", index, shape=target.shape)
+        share = self.share[index].to(input.dtype)
+        lam = self.lam0 * share
+        gain, kl, _ = _Gain.apply(input, target, lam * unit, self.margin / lam, 1)
+        held = self.alpha * math.log(input.shape[-1])
+        if self.training:
+            with torch.no_grad():
+                self.share[index] = (1 - kl / held).clamp(1 - 1 / self.alpha, 1).to(self.share.dtype)
+        return lam * gain - held * self.lam0 / 2 * (share - 1) ** 2
+
+
+@loss(
+    on="classes",
     examples=({"k": 2}, {"k": 3, "lam": 0.1, "margin": 1.0}, {"k": 5, "lam": 10.0, "normalize": True}),
     tune={"k": (2, 5), "normalize": (True,)},
 )
@@ -136,8 +214,8 @@ def ldr_top_k_loss(
 ) -> Float[Tensor, "*batch"]:
     """LDR-KL whose adversary may put at most 1/k on a class, so that k classes must share the blame. Per sample.
 
-    k = 1 is `ldr_kl_loss`. As lam goes to 0 it becomes the mean of the k largest gaps, the top-k SVM's. The best p
-    is held fixed, so second derivatives do not see it move.
+    k = 1 is `ldr_kl_loss`. As lam goes to 0 it becomes the mean of the k largest gaps, the top-k SVM's. Most of
+    its time goes into finding the k largest gaps.
 
     Args:
         input: logits f over K classes.
@@ -155,16 +233,7 @@ def ldr_top_k_loss(
     require.number("lam", lam, above=0.0)
     unit = _unit(input, target, margin, normalize)
     require.whole("k", k, at_least=1, at_most=input.shape[-1])
-    at_target = target.unsqueeze(-1)
-    with torch.no_grad():
-        s = scaled(input, target, _tensor(lam * unit, input), _tensor(margin / lam, input))
-        p, gain = _capped(s, k)
-        gain -= s.gather(-1, at_target).squeeze(-1)
-        moved = p.scatter_add_(-1, at_target, -torch.ones_like(gain).unsqueeze(-1))  # the mass each class receives
-        del s
-    gap = torch.linalg.vecdot(moved, input) / unit - margin * moved.gather(-1, at_target).squeeze(-1)
-    kl = (gap / lam - gain).detach()
-    return gap - lam * kl
+    return lam * _Gain.apply(input, target, _tensor(lam * unit, input), _tensor(margin / lam, input), k)[0]
 
 
 def _unit(input: Tensor, target: Tensor, margin: float | Tensor, normalize: bool) -> float | Tensor:
@@ -186,12 +255,16 @@ def _share_of_lam0(
     input: Tensor, target: Tensor, unit: float | Tensor, margin: float | Tensor, alpha: float | Tensor
 ) -> Float[Tensor, "*batch"]:
     """The t = lam / lam0 that maximises t log mean exp(u / t) - alpha log K / 2 (t - 1)^2, where u = d / lam0."""
+    blocks = _blocks(input, target, _tensor(unit, input), _tensor(margin, input))
+    return torch.cat([_newton(scaled(*block), alpha) for block in blocks]).view(target.shape)
+
+
+def _blocks(input: Tensor, target: Tensor, *numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The samples in a row, cut into blocks that fit the cache of a CPU."""
     classes = input.shape[-1]
     rows = max(1, _CELLS // classes) if input.device.type == "cpu" else max(1, target.numel())
-    numbers = [_tensor(value, input).expand(target.shape).reshape(-1) for value in (unit, margin)]
-    parts = (input.reshape(-1, classes), target.reshape(-1), *numbers)
-    blocks = zip(*(part.split(rows) for part in parts))
-    return torch.cat([_newton(scaled(*block), alpha) for block in blocks]).view(target.shape)
+    flat = [number.expand(target.shape).reshape(-1).split(rows) for number in (target, *numbers)]
+    return zip(input.reshape(-1, classes).split(rows), *flat)
 
 
 def _newton(u: Float[Tensor, "rows classes"], alpha: float | Tensor) -> Float[Tensor, " rows"]:
@@ -220,16 +293,74 @@ def _newton(u: Float[Tensor, "rows classes"], alpha: float | Tensor) -> Float[Te
     return t
 
 
+class _Gain(torch.autograd.Function):
+    """max over p <= 1 / cap of sum_k p_k s_k - KL(p, uniform), less s_y, and that KL, without a gradient, and p - y.
+
+    s = input / temperature - margin * onehot(target). By Danskin's theorem first derivatives need none of p.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, target: Tensor, temperature: Tensor, margin: Tensor, cap: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        moved = torch.empty_like(input, memory_format=torch.contiguous_format)  # the mass each class receives
+        gains, kls = [], []
+        for part, (f, y, *numbers) in zip(
+            _blocks(moved, target), _blocks(input, target, temperature, margin), strict=True
+        ):
+            s = scaled(f, y, *numbers)
+            at_y = y.unsqueeze(-1)
+            s_y = s.gather(-1, at_y).squeeze(-1)
+            p, best = _capped(s, cap)
+            kls.append(s.mul_(p).sum(-1) - best)
+            gains.append(best - s_y)
+            part[0].copy_(p.scatter_add_(-1, at_y, -torch.ones_like(p[..., :1])))
+        return torch.cat(gains).view(target.shape), torch.cat(kls).view(target.shape), moved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.cap = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        input, target, temperature, margin, gain, kl, moved = ctx.saved_tensors
+        by_temperature = by_margin = None
+        at_y = target.unsqueeze(-1)
+        if torch.is_grad_enabled():  # a second derivative is wanted, so p must depend on the input
+            s = scaled(input, target, temperature, margin)
+            held = _capped(s.detach(), ctx.cap)[0] >= (1 - 4 * torch.finfo(s.dtype).eps) / ctx.cap
+            rest = torch.softmax(s.masked_fill(held, torch.finfo(s.dtype).min), -1)
+            p = torch.where(held, 1 / ctx.cap, (1 - held.sum(-1, keepdim=True) / ctx.cap) * rest)
+            moved = p.scatter_add(-1, at_y, -torch.ones_like(p[..., :1]))
+            kl = torch.linalg.vecdot(moved, s) - gain
+        moved_y = moved.gather(-1, at_y).squeeze(-1)
+        if ctx.needs_input_grad[2]:  # sum_k moved_k s_k = gain + kl
+            by_temperature = (-grad * (gain + kl + margin * moved_y) / temperature).sum_to_size(temperature.shape)
+        if ctx.needs_input_grad[3]:
+            by_margin = (-grad * moved_y).sum_to_size(margin.shape)
+        return moved * (grad / temperature).unsqueeze(-1), None, by_temperature, by_margin, None
+
+
 def _capped(s: Tensor, cap: int) -> tuple[Float[Tensor, "*batch classes"], Float[Tensor, "*batch"]]:
     """The p with p_k <= 1 / cap that maximises sum_k p_k s_k - KL(p, uniform), and that maximum.
 
     p_k = min(1 / cap, exp(s_k + level)). The m largest s are at the cap, where m is the first number at which the
     next largest, sharing 1 - m / cap with the rest in softmax proportions, stays below it.
     """
+    if cap == 1:
+        p = torch.softmax(s, -1)
+        return p, s.amax(-1) - p.amax(-1).log() - math.log(s.shape[-1])
     ceiling = -math.log(cap)
     top, where = s.topk(cap, -1)
     rest = torch.softmax(s.scatter(-1, where[..., :-1], -torch.inf), -1)
-    tail = top[..., -1:] - rest.amax(-1, keepdim=True).log()  # log-sum of all but the cap - 1 largest
+    tail = top[..., -1:] - rest.gather(-1, where[..., -1:]).log()  # log-sum of all but the cap - 1 largest
     log_sums = torch.cat([tail, top[..., :-1].flip(-1)], -1).logcumsumexp(-1).flip(-1)  # of all but the m largest
     levels = torch.linspace(1, 1 / cap, cap, dtype=s.dtype, device=s.device).log() - log_sums
     m = (levels + top > ceiling)[..., :-1].long().cumprod(-1).sum(-1, keepdim=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lossary.losses import aldr_kl_loss, ldr_kl_loss, ldr_top_k_loss
+from lossary.losses import ALDRKLLoss, aldr_kl_loss, ldr_kl_loss, ldr_loss, ldr_top_k_loss
 
 LOGITS = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.2, 0.1, -0.4, 0.3], [-4.0, 1.0, 2.0, 0.0], [9.0, -1.0, 2.0, 1.0]])
 TARGET = torch.tensor([0, 3, 2, 0])
@@ -45,6 +45,64 @@ def test_aldr_kl_gives_the_numbers_at_which_the_official_code_settles(lam0, alph
     """ALDRLoss_V1 of the same repository after 200 visits to each sample, without a margin."""
     got = aldr_kl_loss(LOGITS, TARGET, lam0=lam0, alpha=alpha, margin=0.0, normalize=True)
     assert got.tolist() == pytest.approx(official, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("lam0", "alpha", "official"),
+    [
+        (1.0, 2.0, (0.32525095, -0.59512591, -0.71484852, -1.02375793)),
+        (0.3, 1.5, (0.95351082, -0.27422950, -0.27688602, -0.27725887)),
+    ],
+)
+def test_visits_lead_the_table_where_they_lead_the_official_one(lam0, alpha, official):
+    criterion = ALDRKLLoss(4, lam0=lam0, alpha=alpha, margin=0.0, normalize=True)
+    for _ in range(200):
+        got = criterion(LOGITS, TARGET, index=torch.arange(4))
+    assert got.tolist() == pytest.approx(official, abs=2e-6)
+
+
+@pytest.mark.parametrize(("classes", "lam0", "margin"), [(2, 1.0, 0.1), (10, 0.3, 1.0), (100, 3.0, 0.1)])
+def test_visits_to_unchanged_logits_rise_to_the_exact_loss(classes, lam0, margin):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5, classes, generator=generator, dtype=torch.float64)
+    target = torch.randint(classes, (5,), generator=generator)
+    criterion = ALDRKLLoss(5, lam0=lam0, margin=margin)
+    values = torch.stack([criterion(logits, target, index=torch.arange(5)) for _ in range(100)])
+    torch.testing.assert_close(values[0], ldr_kl_loss(logits, target, lam=lam0, margin=margin))
+    assert (values.diff(dim=0) > -1e-12).all()
+    exact = aldr_kl_loss(logits, target, lam0=lam0, margin=margin)
+    torch.testing.assert_close(values[-1], exact, rtol=0, atol=1e-6)
+
+
+def test_a_visit_moves_only_its_own_entries_and_only_in_training():
+    criterion = ALDRKLLoss(5, margin=0.0)
+    criterion(LOGITS[:2], TARGET[:2], index=torch.tensor([3, 1]))
+    for f, share in zip(LOGITS.double(), criterion.share[[3, 1]].tolist()):
+        p = f.softmax(-1)
+        assert share == pytest.approx(1 - (p * (4 * p).log()).sum().item() / (2 * np.log(4)), abs=1e-6)
+    assert criterion.share[[0, 2, 4]].tolist() == [1.0, 1.0, 1.0]
+    table = criterion.share.clone()
+    criterion.eval()(LOGITS, TARGET, index=torch.arange(4))
+    assert torch.equal(criterion.share, table)
+    restored = ALDRKLLoss(5, margin=0.0)
+    restored.load_state_dict(criterion.state_dict())
+    assert torch.equal(restored.share, table)
+
+
+def test_gradients_at_a_table_that_stays():
+    lam0 = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    margin = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    criterion = ALDRKLLoss(4, lam0=lam0, margin=margin, normalize=True)
+    input = (LOGITS.double() + 0.05).requires_grad_()  # off the kink that |logit| has at 0
+    for _ in range(2):
+        criterion(input, TARGET, index=torch.arange(4))
+    criterion.eval()
+
+    def values(f, *_):
+        return criterion(f, TARGET, index=torch.arange(4))
+
+    assert torch.autograd.gradcheck(values, (input, lam0, margin))
+    assert torch.autograd.gradgradcheck(values, (input, lam0, margin))
 
 
 @pytest.mark.parametrize(("classes", "lam0", "alpha"), [(2, 1.0, 1.5), (7, 0.2, 3.0), (7, 4.0, 2.0), (100, 1.0, 2.0)])
@@ -111,6 +169,41 @@ def test_top_k_survives_logits_that_leave_nothing_for_the_rest():
     assert slope.tolist() == [[0.5, -1.0, 0.0, 0.5]]
 
 
+def test_top_k_treats_equal_gaps_alike():
+    """Three gaps of 2 and one of 0 at a cap of 1/2: no class is at the cap, so p is softmax."""
+    input = torch.tensor([[2.0, 2.0, 0.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    loss = ldr_top_k_loss(input, torch.tensor([2]), k=2, margin=0.0)
+    (slope,) = torch.autograd.grad(loss, input)
+    top = np.exp(2) / (3 * np.exp(2) + 1)
+    assert loss.item() == pytest.approx(np.log((3 * np.exp(2) + 1) / 4), abs=1e-12)
+    assert slope[0].tolist() == pytest.approx([top, top, -3 * top, top], abs=1e-12)
+
+
+def test_blocks_and_leading_dimensions_change_nothing(monkeypatch):
+    input, target = LOGITS.repeat(3, 1).view(2, 6, 4).requires_grad_(), TARGET.repeat(3).view(2, 6)
+    lam = torch.linspace(0.5, 2.0, 12).view(2, 6)
+    whole = ldr_top_k_loss(input, target, lam=lam)
+    monkeypatch.setattr(ldr_loss, "_CELLS", 20)  # five samples
+    blocks = ldr_top_k_loss(input, target, lam=lam)
+    torch.testing.assert_close(blocks, whole)
+    slopes = [torch.autograd.grad(values.sum(), input)[0] for values in (blocks, whole)]
+    torch.testing.assert_close(*slopes)
+    for i, j in ((0, 4), (0, 5), (1, 5)):
+        alone = ldr_top_k_loss(input[i, j : j + 1], target[i, j : j + 1], lam=lam[i, j].item())
+        torch.testing.assert_close(alone[0], whole[i, j])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_second_derivatives_of_top_k(k):
+    input = (LOGITS.double() + 0.05).requires_grad_()  # off the kink that |logit| has at 0
+    lam = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+
+    def values(f, t):
+        return ldr_top_k_loss(f, TARGET, k=k, lam=t, normalize=True)
+
+    assert torch.autograd.gradgradcheck(values, (input, lam))
+
+
 @pytest.mark.parametrize("loss", [ldr_kl_loss, aldr_kl_loss, ldr_top_k_loss])
 def test_normalised_logits_forget_their_scale(loss):
     plain = loss(LOGITS / LOGITS.abs().mean(-1, keepdim=True), TARGET)
@@ -132,5 +225,11 @@ def test_refusals():
         aldr_kl_loss(LOGITS, TARGET, alpha=1.0)
     with pytest.raises(ValueError, match="k: expected a whole number >= 1 and <= 4, got 5"):
         ldr_top_k_loss(LOGITS, TARGET, k=5)
+    with pytest.raises(ValueError, match="alpha: expected a number > 1, got 1"):
+        ALDRKLLoss(4, alpha=1.0)
+    with pytest.raises(ValueError, match="num_samples: expected a whole number >= 1, got 0"):
+        ALDRKLLoss(0)
+    with pytest.raises(ValueError, match=r"index: expected shape \(4,\), got \(2,\)"):
+        ALDRKLLoss(4)(LOGITS, TARGET, index=torch.arange(2))
     with pytest.raises(ValueError, match="margin: expected a number >= 0"):
         ldr_kl_loss(LOGITS, TARGET, margin=-1.0)
