@@ -13,9 +13,11 @@ from sklearn.metrics import f1_score, r2_score, roc_auc_score
 from lossary.compare import run
 from lossary.compare.arms import Arm
 from lossary.compare.cells import HELD_OUT, Job, Outcome, Protocol
-from lossary.compare.metrics import METRICS, named
+from lossary.compare.confirm import answer
+from lossary.compare.metrics import METRICS, by_rule, named
 from lossary.compare.problem import Problem, lock
-from lossary.compare.profile import Profile
+from lossary.compare.profile import Finding, Profile
+from lossary.compare.result import Confirmation, Interval
 from lossary.compare.search import search
 from lossary.compare.statistics import Estimate, holm, over_cells, over_rows, too_few
 
@@ -153,6 +155,57 @@ def test_too_few_locked_rows(target, classes, words):
     found = too_few(target, classes)
     assert found.startswith(words) or words in found
     assert bool(found) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("task", "raised", "name"),
+    [
+        ("classes", (), "accuracy"),
+        ("classes", ("label-noise",), "accuracy"),
+        ("classes", ("class-imbalance",), "balanced accuracy"),
+        ("real", (), "RMSE"),
+        ("real", ("heavy-tails",), "MAE"),
+    ],
+)
+def test_the_metric_goes_by_the_profile(task, raised, name):
+    findings = tuple(
+        Finding(symptom, "", 1.0, 1.0, 1.0, "", "", "", symptom in raised)
+        for symptom in ("class-imbalance", "label-noise", "heavy-tails")
+    )
+    found, why = by_rule(task, Profile(9, 1, None, (), None, None, findings, ()))
+    assert found.name == name
+    assert why
+
+
+# The sentences
+
+
+def confirmed(low: float, high: float, exploratory: str = "") -> Confirmation:
+    effect = Interval((low + high) / 2, low, high)
+    return Confirmation("new: part", "gradient boosting", effect, 2.44, 400, 20, (80.0, 78.0), exploratory)
+
+
+def test_the_sentence_says_what_the_interval_says():
+    assert answer(confirmed(0.4, 3.8), ACCURACY) == (
+        "new: part raised accuracy by 2.1 points over gradient boosting "
+        "(95% interval 0.4 to 3.8, on 400 rows that nothing had looked at)."
+    )
+    assert answer(confirmed(0.04, 0.12), LOG_LOSS).startswith("new: part lowered log-loss by 0.080 nats over")
+    assert answer(confirmed(-1.5, 0.9), ACCURACY) == (
+        "Nothing tried is shown to beat gradient boosting: the best part, new: part, differed by -0.3 points in "
+        "accuracy (95% interval -1.5 to 0.9, on 400 rows that nothing had looked at); "
+        "a lead of 2.4 points or more would most likely have been seen."
+    )
+    worse = answer(confirmed(-4.0, -1.0), ACCURACY)
+    assert worse.startswith(
+        "Nothing tried is shown to beat gradient boosting: the best part, new: part, was worse by 2.5"
+    )
+    assert answer(confirmed(1.0, 3.0, "only 40 rows were locked"), ACCURACY).startswith(
+        "Exploratory only, as only 40 rows were locked: there new: part differed"
+    )
+    assert "nothing to confirm" in answer(None, ACCURACY)
+    for ends in ((0.0, 2.0), (-0.1, 5.0), (-3.0, -1.0)):
+        assert "raised" not in answer(confirmed(*ends), ACCURACY)
 
 
 # The whole comparison, with arms that are solved in closed form: least squares on random features

@@ -4,10 +4,13 @@
     found = compare("my.csv", target="y")
     print(found.sentence)
 
-A quarter of the rows is locked before anything is looked at. On the rest, the data are profiled, good conventional
-models and the parts of the catalogue that fit are tuned alike and scored on the same cells (`run`), and the best
-part meets the best conventional arm once, on the locked rows (`confirm`). The final sentence says what that one
-interval says, and no more.
+A quarter of the rows is locked before anything is looked at. On the rest the data are profiled, and good conventional
+models and the parts of the catalogue that fit are tuned alike and scored on the same cells. Then the best part meets
+the best conventional arm once, on the locked rows; the final sentence says what that one interval says, and no more.
+
+The files in the order in which they work: `load`, `problem`, `profile`, `metrics`, `arms`, `search` (which finishes
+`cells` by `encode` and `training`, and keeps them in `store`), `statistics`, `confirm`, `result`, `winner`, `report`;
+`run` calls them.
 """
 
 from typing import Any

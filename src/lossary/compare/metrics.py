@@ -58,21 +58,25 @@ class Metric:
         return 1 / (np.count_nonzero(count) * count[target])
 
 
-def choose(name: str | None, task: str, profile: "Profile") -> tuple[Metric, str]:
-    """The metric and why: the one that was asked for, or else by a rule that knows the profile and no arm.
+def fitting(name: str, task: str) -> Metric:
+    """The metric of this name, for this kind of target.
+
+    Raises:
+        BadInput: no such metric, or one for the other kind.
+    """
+    metric = named(name)
+    if metric.task != task:
+        others = ", ".join(other.name for other in METRICS if other.task == task)
+        raise BadInput(f"--metric: {metric.name} is not for a target of {task}; choose one of {others}")
+    return metric
+
+
+def by_rule(task: str, profile: "Profile") -> tuple[Metric, str]:
+    """The metric and why, where none was asked for: by a rule that knows the profile and no arm.
 
     Classes: balanced accuracy where the profile found them imbalanced, otherwise accuracy. Real: mean absolute
     error where it found heavy tails, otherwise root mean squared error.
-
-    Raises:
-        BadInput: no such metric, or one for the other kind of target.
     """
-    if name is not None:
-        metric = named(name)
-        if metric.task != task:
-            fitting = ", ".join(m.name for m in METRICS if m.task == task)
-            raise BadInput(f"--metric: {metric.name} is not for a target of {task}; choose one of {fitting}")
-        return metric, "as asked"
     raised = {finding.symptom for finding in profile.findings if finding.raised}
     if task == "classes":
         if "class-imbalance" in raised:

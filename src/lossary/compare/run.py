@@ -1,5 +1,6 @@
 """The whole comparison, from a file to an answer."""
 
+import os
 import platform
 import shlex
 import time
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+import lossary
 from lossary.compare import arms as choice
 from lossary.compare import metrics
 from lossary.compare.arms import Arm
@@ -55,8 +57,8 @@ def compare(
     target: str | None = None,
     task: Literal["classes", "real"] | None = None,
     group: str | None = None,
-    drop: Iterable[str] = (),
-    arms: Sequence[str] = (),
+    drop: str | Iterable[str] = (),
+    arms: str | Iterable[str] = (),
     metric: str | None = None,
     seeds: int = 5,
     budget: float | None = None,
@@ -70,7 +72,7 @@ def compare(
     Args:
         source, target, task, group, drop: as `load` takes them.
         arms: try only these parts (by name or paper), and if conventional arms are named, only those.
-        metric: one of `metrics.METRICS`; None goes by the rule of `metrics.choose`.
+        metric: one of `metrics.METRICS`; None goes by `metrics.by_rule`.
         seeds: of each network in each cell.
         budget: seconds to stay within: partitions are left out, from four down to one, and then the parts that fit
             worst, as the first training of each arm foretells. Conventional arms and one part always run.
@@ -84,7 +86,9 @@ def compare(
         BadInput: something in the data or the arguments can be put right.
     """
     start = time.perf_counter()
-    given = {"target": target, "task": task, "group": group, "drop": tuple(drop), "arms": tuple(arms), "metric": metric}
+    given = {"target": target, "task": task, "group": group, "metric": metric}
+    given |= {"drop": (drop,) if isinstance(drop, str) else tuple(drop)}
+    given |= {"arms": (arms,) if isinstance(arms, str) else tuple(arms)}
     plan = _plan(source, **given, seeds=seeds, out=out, protocol=protocol, progress=progress, workers=workers)
     if budget is not None:
         plan = _within(budget, plan)
@@ -168,9 +172,10 @@ def _plan(
     protocol = replace(protocol or Protocol(), seeds=seeds)
 
     problem = load(source, target=target, task=task, group=group, drop=drop)
+    asked = None if metric is None else metrics.fitting(metric, problem.task)
     rows, locked = lock(problem)
     facts = profile(problem, rows)
-    by, why = metrics.choose(metric, problem.task, facts)
+    by, why = (asked, "as asked") if asked else metrics.by_rule(problem.task, facts)
     chosen, skipped = choice.choose(
         problem, facts, by, settings=protocol.settings, network=protocol.network(len(rows)), names=arms
     )
@@ -190,8 +195,6 @@ def check_folder(folder: Path) -> Path:
     Raises:
         BadInput: it is a file, is not writable, or holds files that no comparison left there.
     """
-    import os
-
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise BadInput(f"--out: {str(existing)!r} is a file; name a folder")
@@ -344,5 +347,6 @@ def _command(source: str | Path, **options: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("lossary", "torch", "numpy", "scikit-learn", "pandas")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("torch", "numpy", "scikit-learn", "pandas")
+    own = {"lossary": lossary.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}

@@ -66,21 +66,20 @@ class Work:
 
     def finish(self, jobs: Sequence[Job]) -> list[Outcome]:
         """The jobs' outcomes, in their order."""
-        keys = {self.key(job): job for job in jobs}
+        keys = [self.key(job) for job in jobs]
         found = self.store.read(keys)
-        self.done += len(found)
-        for job, outcome in self._run([job for key, job in keys.items() if key not in found]):
-            value = {name: getattr(outcome, name) for name in ("scores", "seconds", "parameters", "error")}
+        self.done += sum(key in found for key in keys)
+        for job, outcome in self._run([job for key, job in zip(keys, jobs) if key not in found]):
             key = self.key(job)
+            found[key] = {name: getattr(outcome, name) for name in ("scores", "seconds", "parameters", "error")}
             self.store.write(
                 key, arm=job.arm, kind=job.kind, partition=job.partition, fold=job.fold,
-                value=value, predictions=outcome.predictions,
+                value=found[key], predictions=outcome.predictions,
             )  # fmt: skip
-            found[key] = value
             self.done += 1
             self.progress(self.done, self.total, job.arm)
         outcomes = []
-        for key, job in keys.items():
+        for key, job in zip(keys, jobs):
             value = {**found[key], "scores": tuple(found[key]["scores"])}
             kept = self.store.predictions(key) if job.kind == "confirm" and not value["error"] else None
             outcomes.append(Outcome(**value, predictions=kept))

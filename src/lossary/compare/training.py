@@ -5,7 +5,8 @@ A setting is plain values that say all there is to say about one configuration:
 - every family: `family` ("network", "boosting" or "linear"), and `class_weight` (None or "balanced", each class
   weighing the same in all) for classes or `error` ("squared" or "absolute") for a real target;
 - network: `hidden` (widths), `activation`, `optimizer` ("AdamW"), `lr`, `weight_decay`, `steps`, `batch`; and for
-  a part `part` ("losses.poly1_cross_entropy"), `role`, `hyper` (its hyper-parameters);
+  a part `part` ("losses.poly1_cross_entropy"), `role`, `hyper` (its hyper-parameters), and in results also `facts`,
+  what of the search rows filled further hyper-parameters (counted anew on the rows at hand);
 - boosting: `learning_rate`, `max_leaf_nodes`, `max_iter`, `random_state`;
 - linear: `C` (logistic regression) or `alpha` (ridge regression).
 """
