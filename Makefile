@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: help venv compare test quick lint bench stubs
+.PHONY: help venv compare test quick lint bench
 
 help:
 	@echo "make compare   compare published methods on a real, imbalanced data set (set-up included)"

@@ -127,14 +127,14 @@ def find(
     if not hits:
         print(f"Nothing matches {query!r}. Try other words, or a symptom such as 'noisy labels' or 'long tail'.")
         return
-    from rich.table import Table
+    from rich.markup import escape
+    from rich.padding import Padding
 
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("paper", "role", "what it changes", "found"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("paper", "role"))
+    out = _console()
     for hit in hits:
-        table.add_row(hit["id"], _roles(hit), hit["summary"], _found(hit))
-    _console().print(table)
+        where = ", ".join(filter(None, (f"room {hit['room']}", _roles(hit))))
+        out.print(f"[bold cyan]{hit['id']}[/]  [dim]{where}[/]  {_found(hit)}")
+        out.print(Padding(escape(hit["summary"]), (0, 0, 0, 4)))
 
 
 @app.command(epilog="Example: lossary show polyloss")
@@ -161,9 +161,8 @@ def show(
         out.print(Padding(f"{escape(part['signature'])}\n[dim]{escape(part['summary'])}[/]", (0, 0, 0, 4)))
     for claim in paper["claims"]:
         record = (paper["verdict"] or {}).get(claim["name"])
-        out.print(
-            f"\n[dim]claim[/] {escape(claim['says'])}\n      {_outcome(record)}  [dim]{escape(claim['scale'])}[/]"
-        )
+        out.print(f"\n[dim]claim[/] {escape(claim['says'])}")
+        out.print(Padding(f"{_outcome(record)}\n[dim]{escape(claim['scale'])}[/]", (0, 0, 0, 6)))
     if paper["departs"]:
         out.print("\n[dim]departs from the paper:[/] " + escape("; ".join(paper["departs"])))
     if paper["url"]:
