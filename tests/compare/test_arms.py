@@ -106,7 +106,12 @@ def test_class_weights_go_with_a_metric_that_counts_classes_alike():
 
     assert set(weights("balanced accuracy", "optim.SAM")) == {"balanced"}
     assert set(weights("accuracy", "optim.SAM")) == {None}
-    # A paper that is itself for imbalance is tried with and without.
+    # A paper that is itself for imbalance is tried with and without, at every rate and every value.
+    tried, _ = chosen("class-imbalance", metric="balanced accuracy", settings=8)
+    settings = tried["losses.poly1_cross_entropy"].settings
+    for key in ("lr", "hyper"):
+        for value in [setting[key] for setting in settings]:
+            assert {setting["class_weight"] for setting in settings if setting[key] == value} == {None, "balanced"}
     assert (
         sorted(map(str, weights("balanced accuracy", "losses.poly1_cross_entropy"))) == ["None"] * 3 + ["balanced"] * 3
     )

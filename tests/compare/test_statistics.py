@@ -123,6 +123,12 @@ def test_metrics_agree_with_scikit_learn(metric):
     assert metric.score(prediction[None], target)[0] == pytest.approx(expected)
 
 
+def test_a_class_that_does_not_occur_is_left_out():
+    target, chance = np.array([0, 0, 2]), chosen([[0, 1, 2]], 3)
+    assert BALANCED.score(chance, target)[0] == pytest.approx(75)
+    assert named("f1").score(chance, target)[0] == pytest.approx(100 * (2 / 3 + 1) / 2)
+
+
 def test_auroc_counts_ties_half():
     target = np.array([0, 0, 1, 1])
     p = np.array([0.2, 0.6, 0.6, 0.9])
@@ -288,6 +294,17 @@ def claims_that_a_part_helps(count: int, protocol: Protocol, gain: float = 0.0) 
 
 
 SHORT = Protocol(partitions=2, folds=3, seeds=2, confirm_seeds=20, settings=1, tune_splits=2, tune_seeds=1)
+
+
+def test_a_dropped_arm_counts_as_p_1():
+    plan = simulated(0, replace(SHORT, settings=2), 3.0)
+    found = search(plan.arms, plan.protocol, plan.metric, plan.work.finish)
+    p = {arm.name: arm.p_holm for arm in run._results(plan, found)}
+    found.dropped["part 0"] = "hopeless, let us say"
+    dropped = {arm.name: arm.p_holm for arm in run._results(plan, found)}
+    assert p["part 0"] < 0.05
+    assert dropped["part 0"] == 1.0
+    assert list(dropped)[-1] == "part 0"
 
 
 def test_where_no_arm_differs_few_comparisons_claim_that_one_helps():

@@ -25,7 +25,7 @@ from lossary.compare.store import Store, digest
 from lossary.tasks import Seeds, run_all
 
 VERSION = 1  # raised when the same job comes to give other numbers: what older code has stored is then not used
-RACES = (1, 2)  # after so many partitions hopeless arms are dropped
+RACES = (1,)  # after so many partitions hopeless arms are dropped
 ALWAYS_KEPT = 2  # leading parts that are never dropped, so that there is a finalist to confirm
 WORTH_WORKERS = 12.0  # seconds of work below which starting other processes costs more than it saves
 
