@@ -24,11 +24,12 @@ from lossary.compare.metrics import Metric
 from lossary.compare.problem import Problem, lock
 from lossary.compare.profile import Profile, profile
 from lossary.compare.result import ArmResult, Comparison, Confirmation
-from lossary.compare.search import Progress, Search, Work, cores, search, tune_jobs
+from lossary.compare.search import Progress, Search, Work, search, tune_jobs
 from lossary.compare.statistics import Estimate, holm, over_cells
 from lossary.compare.store import Store
 from lossary.compare.training import filled
 from lossary.errors import BadInput
+from lossary.tasks import cores
 
 STORE = "cells.sqlite"
 START = 8.0  # seconds that processes take to begin, and the report to be written
@@ -90,11 +91,12 @@ def compare(
     given |= {"drop": (drop,) if isinstance(drop, str) else tuple(drop)}
     given |= {"arms": (arms,) if isinstance(arms, str) else tuple(arms)}
     plan = _plan(source, **given, seeds=seeds, out=out, protocol=protocol, progress=progress, workers=workers)
-    if budget is not None:
-        plan = _within(budget, plan)
-    found = search(plan.arms, plan.protocol, plan.metric, plan.work.finish, plan.work.expect)
-    results = _results(plan, found)
-    confirmation, drawn = _confirm(plan, found, results)
+    with plan.work:
+        if budget is not None:
+            plan = _within(budget, plan)
+        found = search(plan.arms, plan.protocol, plan.metric, plan.work.finish, plan.work.expect)
+        results = _results(plan, found)
+        confirmation, drawn = _confirm(plan, found, results)
     finalist = next((arm for arm in results if confirmation and arm.name == confirmation.finalist), None)
     problem = plan.problem
     comparison = Comparison(
@@ -143,9 +145,10 @@ def estimate(source: str | Path, *, budget: float | None = None, **options: Any)
     Each arm is trained once, which is kept if there is an `out`. What racing will save is not counted.
     """
     plan = _plan(source, **options)
-    if budget is not None:
-        plan = _within(budget, plan)
-    return _seconds(plan, _first_round(plan)), plan
+    with plan.work:
+        if budget is not None:
+            plan = _within(budget, plan)
+        return _seconds(plan, _first_round(plan)), plan
 
 
 def _plan(

@@ -6,8 +6,8 @@ same folds and, for the same seed, the same initial weights and batches. Boostin
 so they train once in a cell.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -22,10 +22,10 @@ from lossary.compare.cells import Bench, Job, Outcome, Protocol
 from lossary.compare.metrics import Metric
 from lossary.compare.statistics import over_cells
 from lossary.compare.store import Store, digest
-from lossary.tasks import Seeds, run_all
+from lossary.tasks import Seeds, run_all, warm
 
 VERSION = 1  # raised when the same job comes to give other numbers: what older code has stored is then not used
-RACES = (1,)  # after so many partitions hopeless arms are dropped
+RACES = (1, 2)  # after so many partitions hopeless arms are dropped
 ALWAYS_KEPT = 2  # leading parts that are never dropped, so that there is a finalist to confirm
 WORTH_WORKERS = 12.0  # seconds of work below which starting other processes costs more than it saves
 
@@ -36,7 +36,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class Work:
-    """Finishes jobs: what the store holds is read, the rest is run and committed one by one.
+    """Finishes jobs: what the store holds is read, the rest is run and committed one by one. Leave it as a context.
 
     Args:
         bench: does a job.
@@ -52,9 +52,17 @@ class Work:
         self.progress = progress or (lambda done, total, text: None)
         self.done = self.total = 0
         self._seconds: list[float] = []
+        self._processes = ExitStack()
+        self._spread: Callable[..., Iterator[tuple[Job, Outcome]]] | None = None
         problem, protocol = bench.problem, bench.protocol
         versions = [VERSION, lossary.__version__, torch.__version__, tasks.versions()]
         self._base = [problem.digest, bench.metric, bench.label_noise, protocol.folds, versions]
+
+    def __enter__(self) -> "Work":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._processes.close()
 
     def expect(self, total: int) -> None:
         """How many jobs there will be in all, for the progress."""
@@ -91,10 +99,16 @@ class Work:
             jobs = jobs[:-1]
         if jobs:
             few = np.mean(self._seconds[-50:]) * len(jobs) < WORTH_WORKERS
-            yield from self._timed(jobs, 0 if few else self.workers)
+            yield from self._timed(jobs, 0 if few and self._spread is None else self.workers)
 
     def _timed(self, jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Outcome]]:
-        for job, outcome in run_all(self.bench, jobs, workers=workers):
+        if workers == 0:
+            stream = run_all(self.bench, jobs, workers=0)
+        else:
+            if self._spread is None:  # the processes stay for all rounds
+                self._spread = self._processes.enter_context(warm(self.bench, workers=workers))
+            stream = self._spread(jobs)
+        for job, outcome in stream:
             self._seconds.append(outcome.seconds)
             yield job, outcome
 
@@ -219,8 +233,3 @@ def _race(found: Search, protocol: Protocol, metric: Metric) -> None:
 def _ids(arm: Arm, ids: Sequence[int]) -> tuple[int, ...]:
     """A network's seeds; the other families draw nothing, so one run stands for all."""
     return tuple(ids) if arm.family == "network" else (ids[0],)
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ _EXPORTS = {
         " linear_regression_prompts long_tail spurious_groups"
     ),
     "training": "PerSeed cross_entropy fit per_seed",
-    "workers": "JobError run_all",
+    "workers": "JobError cores run_all warm",
 }
 _HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 

@@ -7,7 +7,8 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import get_context, parent_process
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -42,11 +43,41 @@ def run_all(function: Callable[[J], R], jobs: Iterable[J], *, workers: int | Non
         JobError: from the first job that raises, whose result cannot be pickled, or whose process dies.
     """
     jobs = list(jobs)
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers == 0 or len(jobs) <= 1:
-        return _inline(function, jobs)
-    return _spread(function, jobs, min(workers, len(jobs)))
+        yield from _inline(function, jobs)
+    else:
+        with warm(function, workers=min(workers or cores(), len(jobs))) as run:
+            yield from run(jobs)
+
+
+@contextmanager
+def warm(
+    function: Callable[[J], R], *, workers: int | None = None
+) -> Iterator[Callable[[Iterable[J]], Iterator[tuple[J, R]]]]:
+    """Processes that stay for several rounds of jobs: `run(jobs)` does what `run_all` does.
+
+    They start with the first round and stop when the context is left.
+    """
+    connections: list[Connection] = []
+    processes: list[Any] = []
+
+    def run(jobs: Iterable[J]) -> Iterator[tuple[J, R]]:
+        if not processes:
+            _start(function, workers or cores(), processes, connections)
+        return _spread(list(jobs), connections)
+
+    try:
+        yield run
+    finally:
+        for process in processes:
+            process.kill()  # a terminated one may hang in its own clean-up
+        for process in processes:
+            process.join()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _inline(function: Callable[[J], R], jobs: list[J]) -> Iterator[tuple[J, R]]:
@@ -64,43 +95,44 @@ def _inline(function: Callable[[J], R], jobs: list[J]) -> Iterator[tuple[J, R]]:
         yield job, result
 
 
-def _spread(function: Callable[[J], R], jobs: list[J], workers: int) -> Iterator[tuple[J, R]]:
+def _start(function: Callable[[J], R], workers: int, processes: list[Any], connections: list[Connection]) -> None:
     context = get_context("spawn")
-    waiting = deque(jobs)
-    running: dict[Any, J] = {}
-    processes = []
     outside = {name: os.environ.get(name) for name in _THREADS}
+    resource_tracker.ensure_running()  # it lets signals through when it starts, so before they are held back
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is the parent's, a bit later
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:
-        os.environ.update(dict.fromkeys(_THREADS, "1"))
-        try:
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(function, theirs), daemon=True)
-                process.start()
-                theirs.close()  # so that the worker's death closes the pipe
-                processes.append(process)
-                _send(ours, waiting.popleft(), running)
-        finally:
-            for name, value in outside.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-        while running:
-            ready: list[Any] = wait(list(running))
-            for connection in ready:
-                job = running.pop(connection)
-                try:
-                    done, result = pickle.loads(connection.recv_bytes())
-                except EOFError:
-                    raise JobError(job, "its process died") from None
-                if not done:
-                    raise JobError(job, result)
-                if waiting:
-                    _send(connection, waiting.popleft(), running)
-                yield job, result
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that the worker's death closes the pipe
+            processes.append(process)
+            connections.append(ours)
     finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
+        for name, value in outside.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _spread(jobs: list[J], connections: list[Connection]) -> Iterator[tuple[J, R]]:
+    waiting: deque[J] = deque(jobs)
+    running: dict[Any, J] = {}
+    for connection in connections[: len(jobs)]:
+        _send(connection, waiting.popleft(), running)
+    while running:
+        ready: list[Any] = wait(list(running))
+        for connection in ready:
+            job = running.pop(connection)
+            try:
+                done, result = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                raise JobError(job, "its process died") from None
+            if not done:
+                raise JobError(job, result)
+            if waiting:
+                _send(connection, waiting.popleft(), running)
+            yield job, result
 
 
 def _send(connection: Connection, job: J, running: dict[Any, J]) -> None:
