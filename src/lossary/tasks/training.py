@@ -89,6 +89,9 @@ def fit(
 
     batches = _shuffled(train.shape[1], seeds.torch("order"), batch) if selector is None else _selected(selector, batch)
 
+    one = weighting[0] if isinstance(weighting, PerSeed) else weighting
+    named = asked(one, dict.fromkeys(("target", "group", "index"))) if one is not None else {}
+
     @torch.enable_grad()
     def objective(index: Tensor) -> Tensor:
         made.zero_grad()
@@ -99,8 +102,7 @@ def fit(
             raise ValueError(f"loss: expected values per sample, {tuple(index.shape)}, got {tuple(values.shape)}")
         if weighting is not None:
             offered = {"target": target, "group": None if group_rows is None else group_rows(rows), "index": index}
-            one = weighting[0] if isinstance(weighting, PerSeed) else weighting
-            values = values * weighting(values.detach(), **asked(one, offered))
+            values = values * weighting(values.detach(), **{name: offered[name] for name in named})
         total = values.mean(1).sum()
         if penalty is not None:
             total = total + penalty(model, inputs, target).sum()
