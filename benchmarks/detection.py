@@ -103,8 +103,3 @@ def measure() -> list[dict[str, str | float]]:
                 {"name": name, "ratio": median[theirs] / median[ours], "target": target, "unit": "times faster"}
             )
     return rows
-
-
-if __name__ == "__main__":
-    for row in measure():
-        print(f"{row['name']}: {row['ratio']:.2f} {row['unit']} (target {row['target']})")

@@ -45,8 +45,3 @@ def measure() -> list[dict[str, str | float | None]]:
     rows.append({"name": "1 x 10,000,000, error", "ratio": ratio, "target": ">= 1000", "unit": "times smaller"})
     torch.set_num_threads(threads)
     return rows
-
-
-if __name__ == "__main__":
-    for row in measure():
-        print(f"{row['name']}: {row['ratio']:.2f} {row['unit']} (target {row['target']})")

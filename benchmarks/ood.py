@@ -5,12 +5,11 @@ size that whitening needs, which is the floor.
 """
 
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks._timing import seconds
 from lossary.ood import MahalanobisDetector, class_conditional_gaussian
 
 ROWS, FEATURES, CLASSES, ROUNDS = 10_000, 512, 10, 9
@@ -20,12 +19,6 @@ def class_by_class(x: Tensor, means: Tensor, precision: Tensor) -> Tensor:
     """What one writes by hand: a product with the precision matrix for every class."""
     residuals = (x - mean for mean in means)
     return torch.stack([((r @ precision) * r).sum(1) for r in residuals]).amin(0)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def measure() -> list[dict[str, str | float]]:
@@ -60,8 +53,3 @@ def measure() -> list[dict[str, str | float]]:
             "unit": "times its time",
         },
     ]
-
-
-if __name__ == "__main__":
-    for row in measure():
-        print(f"{row['name']}: {row['ratio']:.2f} {row['unit']} (target {row['target']})")

@@ -1,16 +1,15 @@
 """Ten seeds trained as one stack against the same ten trained one after another, on one thread.
 
-python benchmarks/tasks.py
+python -m benchmarks tasks
 """
 
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks._timing import seconds
 from lossary.tasks import Seeds, cross_entropy, fit, stacked_mlp
 
 SEEDS, ROWS, BATCH, STEPS, ROUNDS = Seeds(tuple(range(10))), 1347, 64, 210, 9
@@ -37,12 +36,6 @@ def stacked(x: Tensor, y: Tensor, hidden: int) -> None:
     fit(model, x, y, loss=cross_entropy, seeds=SEEDS, steps=STEPS, batch=BATCH)
 
 
-def seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def measure() -> list[dict[str, str | float]]:
     """Name, ratio (median over rounds of loop over stack), target and unit for each width."""
     threads = torch.get_num_threads()
@@ -61,8 +54,3 @@ def measure() -> list[dict[str, str | float]]:
         results.append({"name": name, "ratio": ratio, "target": target, "unit": "times faster"})
     torch.set_num_threads(threads)
     return results
-
-
-if __name__ == "__main__":
-    for row in measure():
-        print(f"{row['name']}: {row['ratio']:.2f} {row['unit']} (target {row['target']:.0f})")

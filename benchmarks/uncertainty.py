@@ -1,12 +1,11 @@
 """Conformal risk control of 1,000 samples at 1,000 lambdas, checks included, against the bare numpy it stands for."""
 
 import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks._timing import seconds
 from lossary.uncertainty import conformal_risk_control, weighted_conformal_risk_control
 
 SAMPLES, GRID, TESTS, ALPHA, ROUNDS = 1000, 1000, 500, 0.1, 9
@@ -25,12 +24,6 @@ def sample_by_sample(losses: NDArray, lambdas: NDArray, weights: NDArray, tests:
         bound = (weights @ losses + test) / (weights.sum() + test)
         found.append(float(lambdas[np.argmax(bound <= ALPHA)]))
     return found
-
-
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def measure() -> list[dict[str, str | float]]:
@@ -63,8 +56,3 @@ def measure() -> list[dict[str, str | float]]:
             "unit": "times faster",
         },
     ]
-
-
-if __name__ == "__main__":
-    for row in measure():
-        print(f"{row['name']}: {row['ratio']:.2f} {row['unit']} (target {row['target']})")

@@ -53,8 +53,3 @@ def _seconds(objective: Callable[[], torch.Tensor]) -> float:
     start = time.process_time()  # without the time for which a busy machine puts us aside
     objective().backward()
     return time.process_time() - start
-
-
-if __name__ == "__main__":
-    for row in measure():
-        print(f"{row['name']}: {row['ratio']:.3f} {row['unit']} (target {row['target']})")
