@@ -60,11 +60,19 @@ METRICS: dict[str, Metric] = {
     "worst-group accuracy": Metric("points", "higher", 2.0),
     "AUROC": Metric("points", "higher", 1.0),
     "average precision": Metric("points", "higher", 0.5),
+    "F1": Metric("points", "higher", 1.0),
+    "rank correlation": Metric("points", "higher", 1.0),  # a hundred times Spearman's
+    "error rate": Metric("points", "lower", 0.5),
+    "fairness gap": Metric("points", "lower", 1.0),  # between groups' rates
     "calibration error": Metric("points", "lower", 1.0),  # a confidence of 80% that is right 79% of the time
     "coverage": Metric("points", "higher", 0.5),  # of sets or intervals, mostly held equal to a level
     "log-loss": Metric("nats", "lower", 0.01),  # the true label becomes 1% more likely
     "risk": Metric("fraction", "lower", 0.005),  # an error rate that a method controls, 0 to 1
     "mean squared error": Metric("ratio", "lower", None),  # its size is the target's
+    "mean absolute error": Metric("ratio", "lower", None),
+    "relative error": Metric("ratio", "lower", None),
+    "suboptimality": Metric("ratio", "lower", None),  # of an objective, above its minimum
+    "variance": Metric("ratio", "lower", None),
     "top Hessian eigenvalue": Metric("ratio", "lower", None),
     "samples seen": Metric("ratio", "lower", None),
     "time": Metric("ratio", "lower", None),

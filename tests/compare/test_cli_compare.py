@@ -155,10 +155,10 @@ def test_budgets(text, seconds):
 
 def test_interrupted_it_says_how_to_go_on(tmp_path):
     pd.DataFrame(BASE).to_csv(tmp_path / "good.csv", index=False)
-    command = [sys.executable, "-m", "lossary", "compare", "good.csv", "--target", "y", "--arms", "sam,network"]
+    command = [sys.executable, "-m", "lossary", "compare", "good.csv", "--target", "y"]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     store, until = tmp_path / "lossary-out" / "good" / "cells.sqlite", time.monotonic() + 120
-    while len(committed(store)) < 4 and running.poll() is None and time.monotonic() < until:
+    while not committed(store) and running.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)

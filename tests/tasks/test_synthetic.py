@@ -10,9 +10,11 @@ from lossary.tasks import (
     Seeds,
     blurred_masks,
     crowded_boxes,
+    digit_sets,
     digits,
     flip_labels,
     gaussian_blobs,
+    hide_positives,
     linear_regression_prompts,
     long_tail,
     split,
@@ -74,6 +76,36 @@ def test_spurious_groups() -> None:
     assert test.x.shape == (8, 450, 64)
     parts = split(digits(), SEEDS)
     assert torch.equal(test.x[..., 16:], digits().x[parts.test][..., 16:])
+
+
+def test_digit_sets_show_what_their_labels_say() -> None:
+    train, test = digit_sets(SEEDS, 400, ratio=10.0, noise=0.0, test=300)
+    assert train.x.shape == (8, 400, 256)
+    assert test.y.shape == (8, 300, 10)
+    digit = {tuple(row.tolist()): int(label) for row, label in zip(digits().x, digits().y)}
+    parts, shown = split(digits(), SEEDS, test=0.3), []
+    for data, rows in ((train, parts.train), (test, parts.test)):
+        for s in range(8):
+            pixels = {tuple(row.tolist()) for row in digits().x[rows[s]]}
+            tiles = data.x[s].view(-1, 2, 8, 2, 8).transpose(2, 3).reshape(len(data.x[s]), 4, 64)
+            for picture, labels in zip(tiles[:50], data.y[s]):
+                found = [tuple(tile.tolist()) for tile in picture if tile.any()]
+                assert set(found) <= pixels
+                assert sorted(digit[tile] for tile in found) == labels.nonzero().flatten().tolist()
+                shown.append(len(found))
+    assert all(in_band(shown.count(k), len(shown), 1 / 3) for k in (1, 2, 3))
+    # The first digit drawn is digit c with a chance proportional to 10^(-c / 9): check it on pictures of one digit.
+    single = train.y[train.y.sum(-1) == 1]
+    chance = 10.0 ** (-torch.arange(10) / 9)
+    for c, p in enumerate(chance / chance.sum()):
+        assert in_band(single[:, c].sum().item(), len(single), p.item())
+
+
+def test_hidden_positives() -> None:
+    y = (torch.rand(500, 10, generator=SEEDS.torch("y")[0]) < 0.3).float()
+    hidden = hide_positives(y, 0.4, SEEDS)
+    assert (hidden <= y).all()
+    assert in_band(8 * y.sum().item() - hidden.sum().item(), int(8 * y.sum()), 0.4)
 
 
 @pytest.mark.parametrize(("classes", "dimensions", "distance"), [(2, 2, 2.0), (4, 6, 1.5), (3, 3, 0.0)])
@@ -178,6 +210,8 @@ def test_a_seed_draws_the_same_alone() -> None:
         lambda s: linear_regression_prompts(s, 3).y,
         lambda s: crowded_boxes(s, 2).boxes,
         lambda s: blurred_masks(s, 2).scores,
+        lambda s: digit_sets(s, 20)[1].x,
+        lambda s: hide_positives(torch.ones(20, 3), 0.5, s),
     ):
         assert torch.equal(draw(SEEDS)[5], draw(SEEDS.one(5))[0])
 
@@ -194,6 +228,10 @@ def test_a_seed_draws_the_same_alone() -> None:
         (lambda: linear_regression_prompts(SEEDS, 0), "prompts"),
         (lambda: crowded_boxes(SEEDS, 1, jitter=0.0), "jitter"),
         (lambda: crowded_boxes(SEEDS, 1, pairs=0), "pairs"),
+        (lambda: digit_sets(SEEDS, 0), "n"),
+        (lambda: digit_sets(SEEDS, 1, ratio=0.5), "ratio"),
+        (lambda: digit_sets(SEEDS, 1, noise=-1.0), "noise"),
+        (lambda: hide_positives(torch.ones(2, 3), 1.5, SEEDS), "rate"),
         (lambda: blurred_masks(SEEDS, 1, size=8), "size"),
         (lambda: blurred_masks(SEEDS, 1, blur=(2.0, 1.0)), "blur"),
     ],

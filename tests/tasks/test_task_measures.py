@@ -12,6 +12,7 @@ from lossary.tasks import (
     balanced_accuracy,
     cross_entropy,
     log_loss,
+    mean_average_precision,
     stacked_mlp,
     top_hessian_eigenvalue,
     worst_group_accuracy,
@@ -56,6 +57,22 @@ def test_auroc_is_scikit_learns_with_ties(scored) -> None:
         assert auroc(score, positive)[s] == pytest.approx(100 * roc_auc_score(positive[s], score[s]), abs=1e-10)
     assert auroc(torch.zeros(2, 6), torch.tensor([1, 0, 0, 1, 0, 0])).tolist() == [50, 50]
     assert math.isnan(auroc(torch.arange(3.0), torch.zeros(3)))
+
+
+def test_mean_average_precision_is_scikit_learns_with_ties() -> None:
+    from sklearn.metrics import average_precision_score
+
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(3, 80, 5, generator=generator).mul(2).round()
+    target = (torch.rand(3, 80, 5, generator=generator) < 0.2).float()
+    for s in range(3):
+        expected = 100 * average_precision_score(target[s], score[s])
+        assert mean_average_precision(score, target)[s] == pytest.approx(expected, abs=1e-10)
+    without = target[0].clone()
+    without[:, 2] = 0  # a label that never occurs is passed over
+    expected = 100 * average_precision_score(without[:, [0, 1, 3, 4]], score[0][:, [0, 1, 3, 4]])
+    assert mean_average_precision(score[0], without) == pytest.approx(expected, abs=1e-10)
+    assert math.isnan(mean_average_precision(score[0], torch.zeros(80, 5)))
 
 
 def test_log_loss_is_scikit_learns(scored) -> None:

@@ -17,12 +17,14 @@ R = TypeVar("R")
 
 _EXPORTS = {
     "data": "Data Split breast_cancer diabetes digits mnist5k optdigits_writers page_blocks split wine winequality_red",
-    "measures": "accuracy auroc balanced_accuracy log_loss top_hessian_eigenvalue worst_group_accuracy",
+    "measures": (
+        "accuracy auroc balanced_accuracy log_loss mean_average_precision top_hessian_eigenvalue worst_group_accuracy"
+    ),
     "models": "StackedLinear StackedMLP small_cnn stacked_mlp",
     "seeds": "Seeds",
     "synthetic": (
-        "Blobs Masks Prompts Scenes blurred_masks crowded_boxes flip_labels gaussian_blobs"
-        " linear_regression_prompts long_tail spurious_groups"
+        "Blobs Masks Prompts Scenes blurred_masks crowded_boxes digit_sets flip_labels gaussian_blobs"
+        " hide_positives linear_regression_prompts long_tail spurious_groups"
     ),
     "training": "PerSeed cross_entropy fit per_seed",
     "workers": "JobError cores run_all warm",

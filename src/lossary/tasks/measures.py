@@ -61,6 +61,27 @@ def auroc(score: Tensor, target: Tensor) -> Tensor:
 
 @task(version=1)
 @torch.no_grad()
+def mean_average_precision(score: Tensor, target: Tensor) -> Tensor:
+    """Mean over the labels that occur of their average precision in percent: of multi-label predictions.
+
+    The average precision of a label is the mean over its positives of the precision among all rows that score at
+    least as high (what scikit-learn computes).
+
+    Args:
+        score: (*S, N, labels), higher is more positive.
+        target: (*S, N, labels) or (N, labels), 1 where positive.
+    """
+    score = score.mT.contiguous()
+    positive = target.mT.expand(score.shape) > 0.5
+    rows = score.shape[-1]
+    found = rows - torch.searchsorted(score.sort(-1).values, score)
+    right = rows - torch.searchsorted(score.masked_fill(~positive, -torch.inf).sort(-1).values, score)
+    precision = (right.double() / found).masked_fill(~positive, 0.0)
+    return 100 * (precision.sum(-1) / positive.sum(-1)).nanmean(-1)
+
+
+@task(version=1)
+@torch.no_grad()
 def log_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean negative logarithm of the probability of the target, in nats."""
     return cross_entropy(logits, target.expand(logits.shape[:-1])).double().mean(-1)

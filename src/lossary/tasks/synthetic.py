@@ -103,6 +103,61 @@ def spurious_groups(seeds: Seeds, *, correlation: float = 0.95, test: float = 0.
     )
 
 
+@task(version=1)
+def digit_sets(seeds: Seeds, n: int, *, ratio: float = 1.0, noise: float = 0.2, test: int = 1000) -> tuple[Data, Data]:
+    """Which digits are in the picture: 16x16 images with one, two or three different digits in their quadrants.
+
+    Every picture draws its digits without replacement, digit c with a chance proportional to ratio^(-c / 9), so the
+    ten labels form a long tail. In the test part all digits are alike frequent, and its digits come from images that
+    no training picture shows. x (S, n, 256), y (S, n, 10) float32, 1 where the digit is there.
+
+    Args:
+        seeds: streams "split", "pictures" and "test pictures".
+        n: training pictures.
+        ratio: of the most to the least frequent digit's chance, >= 1.
+        noise: standard deviation of the Gaussian noise on every pixel (digits' pixels run from 0 to 1).
+        test: pictures of the test part.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    require.whole("n", n, at_least=1)
+    require.whole("test", test, at_least=1)
+    require.number("ratio", ratio, at_least=1.0)
+    require.number("noise", noise, at_least=0.0)
+    data = digits()
+    parts = split(data, seeds, test=0.3)
+
+    def pictures(name: str, rows: Tensor, stream: str, count: int, ratio: float) -> Data:
+        drawn = [
+            _digit_sets(data, own.numpy(), rng, count, ratio, noise) for own, rng in zip(rows, seeds.numpy(stream))
+        ]
+        x, y = zip(*drawn)
+        return Data(_float32(list(x)), _float32(list(y)), name, 10)
+
+    return (
+        pictures("digit_sets train", parts.train, "pictures", n, ratio),
+        pictures("digit_sets test", parts.test, "test pictures", test, 1.0),
+    )
+
+
+@task(version=1)
+def hide_positives(y: Tensor, rate: float, seeds: Seeds) -> Tensor:
+    """0/1 labels (S, N, classes) of which each 1 has turned 0 with probability `rate`.
+
+    Args:
+        y: (S, N, classes), or (N, classes) where the seeds share it.
+        rate: 0 to 1.
+        seeds: stream "hidden".
+
+    Raises:
+        ValueError: `rate` out of range.
+    """
+    require.number("rate", rate, at_least=0.0, at_most=1.0)
+    seen = np.stack([rng.random(y.shape[-2:]) >= rate for rng in seeds.numpy("hidden")])
+    return y * torch.from_numpy(seen).to(y)
+
+
 @dataclass(frozen=True)
 class Blobs:
     """Gaussian classes: x (S, N, d) float32, y (S, N), means (S, classes, d), and the error nobody can beat.
@@ -315,6 +370,26 @@ def blurred_masks(
 
 def _float32(per_seed: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(per_seed).astype(np.float32))
+
+
+def _digit_sets(
+    data: Data, rows: np.ndarray, rng: np.random.Generator, n: int, ratio: float, noise: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (n, 256) of digits in these rows, and which digits they show (n, 10)."""
+    images, labels = data.x.numpy()[rows].reshape(-1, 8, 8), data.y.numpy()[rows]
+    by_class = [np.flatnonzero(labels == c) for c in range(10)]
+    # The largest of log-chance plus Gumbel noise are draws without replacement.
+    keys = -np.log(ratio) * np.arange(10) / 9 + rng.gumbel(size=(n, 10))
+    shown = np.argsort(-keys, axis=1)[:, :3]
+    count = rng.integers(1, 4, size=n)
+    quadrant = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
+    x, y = noise * rng.standard_normal((n, 16, 16)), np.zeros((n, 10))
+    for i in range(n):
+        for c, q in zip(shown[i, : count[i]], quadrant[i]):
+            top, left = 8 * (q // 2), 8 * (q % 2)
+            x[i, top : top + 8, left : left + 8] += images[rng.choice(by_class[c])]
+            y[i, c] = 1
+    return x.reshape(n, 256), y
 
 
 def _corners(centre: np.ndarray, size: np.ndarray) -> np.ndarray:
