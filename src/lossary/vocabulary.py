@@ -23,6 +23,7 @@ SYMPTOMS: dict[str, str] = {
     "model-size": "model size, compression, pruning, quantisation, quantization, small model",
     "slow-sampling": "slow sampling, few steps, fast sampler, one step generation",
     "crowded-scenes": "crowded scenes, overlapping objects, occlusion, duplicate detections, nms",
+    "multi-task": "multi-task, several tasks, task balancing, loss balancing, task weights",
     "in-context-learning": "in-context learning, transformers, prompts, linear attention, theory",
 }
 

@@ -11,7 +11,6 @@ losses must be per sample. A step-based learning-rate schedule has to follow the
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 from torch.utils.data import Sampler
@@ -19,6 +18,7 @@ from torch.utils.data import Sampler
 from lossary import require
 from lossary.paper import Paper
 from lossary.roles import selector
+from lossary.weighting._memory import record
 
 PAPER = Paper(
     title="InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning",
@@ -52,9 +52,9 @@ class InfoBatch(nn.Module, Sampler[int]):
                 (sampler(losses, index=index) * losses).mean().backward()
 
     All processes of a `torch.distributed` run yield the same epoch if their generators were seeded alike, and
-    the loader splits it, as accelerate's does; recorded losses are gathered from all, whose batches must be of
-    one size. A `state_dict` taken between epochs resumes exactly. In an endless stream of epochs, a batch that
-    spans two of them is weighed as the later one.
+    the loader splits it, as accelerate's does; recorded losses are gathered from all. A `state_dict` taken
+    between epochs resumes exactly. In an endless stream of epochs, a batch that spans two of them is weighed as
+    the later one.
 
     Args:
         num_samples: length of the data, N.
@@ -100,7 +100,7 @@ class InfoBatch(nn.Module, Sampler[int]):
         require.floating("losses", losses, dims=1)
         require.integers("index", index, shape=losses.shape)
         if self.training:
-            self.scores.index_copy_(0, _from_all(index), _from_all(losses).to(self.scores.dtype))
+            record(self.scores, index, losses)
         return self.weights.index_select(0, index).to(losses.dtype)
 
     def __iter__(self) -> Iterator[int]:
@@ -121,12 +121,3 @@ class InfoBatch(nn.Module, Sampler[int]):
         prunable = (scores < scores.mean()) & (int(self.epoch) < self.pruned_epochs)
         left_out = prunable & (torch.rand(len(scores), generator=generator) < self.ratio)
         return order[~left_out[order]], torch.where(prunable, 1 / (1 - self.ratio), 1.0)
-
-
-def _from_all(tensor: Tensor) -> Tensor:
-    """The tensors of all processes, joined; where there is only one, its own."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
