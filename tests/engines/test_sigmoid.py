@@ -85,6 +85,15 @@ def test_is_binary_cross_entropy_also_at_the_ends() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_margin_leaves_positives_exact_and_bounds_negatives() -> None:
+    input = torch.tensor([[-20.0, -1e4, 200.0, 1e4]]).requires_grad_()
+    target = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    value = binary_losses(input, target, negative=0.0, margin=0.05)
+    assert value.item() == pytest.approx(20 + 1e4 - 2 * math.log(0.05))
+    (grad,) = torch.autograd.grad(value.sum(), input)
+    torch.testing.assert_close(grad, torch.tensor([[-1.0, -1.0, 0.0, 0.0]]), atol=1e-6, rtol=0)
+
+
 def test_half_precision_at_the_ends() -> None:
     input = torch.tensor([[-50.0, 50.0, -9.0, 9.0]], dtype=torch.float16, requires_grad=True)
     target = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float16)

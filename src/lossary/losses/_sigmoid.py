@@ -129,7 +129,7 @@ class _BinaryLosses(torch.autograd.Function):
         buffers = z.new_empty(8, min(at_once, len(z)), labels)
         # Below the floor a sigmoid nears the smallest normal number, and log sigmoid(u) is u to the last digit.
         floor = 0.92 * math.log(torch.finfo(z.dtype).tiny)
-        minus_one, zero = z.new_full((), -1.0), z.new_zeros(())
+        minus_one, zero, half_margin = z.new_full((), -1.0), z.new_zeros(()), z.new_full((), margin / 2)
         alike = positive is negative is None and gamma_positive == gamma_negative and negative_weight == 1
         for start in range(0, len(z), at_once):
             rows = slice(start, start + at_once)
@@ -142,7 +142,8 @@ class _BinaryLosses(torch.autograd.Function):
             torch.sub(u, miss, out=log_q)  # 0, or how far u lies below the floor
             torch.addcmul(q, q, q, value=-1, out=u)  # dq/du
             if margin:
-                q.sub_(there, alpha=margin).clamp_(max=1 - margin).add_(margin)
+                q.add_(torch.add(half_margin, sign, alpha=-margin / 2, out=miss)).clamp_(max=1)  # adds 0 to positives
+                log_q.mul_(there)  # a shifted q has no floor to fall below
                 if not gamma_negative and exponents_negative is None:
                     u.mul_(q < 1)  # elsewhere (1 - q)^gamma is 0 where q no longer moves
             log_q.add_(torch.log(q, out=miss))
