@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lossary import require
+from lossary.losses._sigmoid import binary_losses
 from lossary.paper import Paper
 from lossary.roles import loss
 
@@ -117,7 +118,7 @@ def distribution_balanced_loss(
         mu: r at which a weight is alpha + 1/2; 0.3 for 20 classes (VOC), 0.2 for 80 (COCO) in LMPT.
         negative_scale: k > 0, by which negatives are made steeper and lighter; 5 for VOC, 2 for COCO.
         bias: of the logits, per unit of the class's log-odds.
-        gamma: focusing exponent, >= 0.
+        gamma: focusing exponent, 0 or at least 1.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a hyper-parameter out of range.
@@ -128,7 +129,10 @@ def distribution_balanced_loss(
     tensor([0.2079])
     """
     require.whole("num_samples", num_samples, at_least=2)
-    for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+    for name, value in (("negative_scale", negative_scale), ("gamma", gamma)):
+        if isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a number, got a tensor; no gradient flows to it")
+    for name, value in (("alpha", alpha), ("beta", beta)):
         require.number(name, value, at_least=0.0)
     require.number("mu", mu)
     require.number("bias", bias)
@@ -139,11 +143,11 @@ def distribution_balanced_loss(
     share = rarity / present.clamp(min=torch.finfo(input.dtype).tiny)
     weight = alpha + torch.sigmoid(beta * (share - mu))
     logit = input - bias / negative_scale * torch.log(num_samples / counts - 1)
-    there = target > 0.5
-    wrong = torch.where(there, -logit, negative_scale * logit)  # log-odds of a mistake
-    bce = F.softplus(wrong)
-    focal = (gamma * (wrong - bce)).exp() * bce  # wrong - bce is log sigmoid(wrong)
-    return 2 * (torch.where(there, weight, weight / negative_scale) * focal).mean(-1)
+    logit = torch.where(target > 0.5, logit, negative_scale * logit)
+    values = binary_losses(
+        logit, target, positive=gamma, negative=gamma, weight=weight, negative_weight=1 / negative_scale
+    )
+    return 2 / input.shape[-1] * values
 
 
 def _counts(class_counts: Sequence[int] | Tensor, input: Tensor, target: Tensor) -> Float[Tensor, " classes"]:
