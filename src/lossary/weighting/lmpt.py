@@ -132,7 +132,7 @@ def distribution_balanced_loss(
     for name, value in (("negative_scale", negative_scale), ("gamma", gamma)):
         if isinstance(value, Tensor):
             raise ValueError(f"{name}: expected a number, got a tensor; no gradient flows to it")
-    for name, value in (("alpha", alpha), ("beta", beta)):
+    for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
         require.number(name, value, at_least=0.0)
     require.number("mu", mu)
     require.number("bias", bias)
