@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_a_file_without_a_paper_is_refused(package):
         ("strange inputs", {"mahalanobis-ood"}),
         ("overlapping boxes nms", {"soft-nms"}),
         ("sharpness", {"sam"}),
-        ("wasted data", {"infobatch"}),
+        ("wasted data", {"infobatch", "grand-el2n", "cluster-sensitivity-sampling"}),
         ("conformal", {"conformal-risk-control"}),
     ],
 )
@@ -140,3 +141,12 @@ def test_the_fingerprint_sees_code_and_nothing_else():
     assert catalogue.fingerprint(ast.parse(base)) == catalogue.fingerprint(ast.parse(same))
     for changed in (base.replace("+ 1", "+ 2"), base.replace("+ 1", "- 1"), base.replace("f(x)", "f(x, y)")):
         assert catalogue.fingerprint(ast.parse(base)) != catalogue.fingerprint(ast.parse(changed))
+
+
+@pytest.mark.parametrize("room", sorted({paper["room"] for paper in catalogue.entries()}))
+def test_a_rooms_page_names_what_there_is(room):
+    rows = [line for line in catalogue.room_page(room).split("\n") if line.startswith("|")]
+    assert len(rows) > 2
+    code = "\n".join(path.read_text("utf-8") for path in (catalogue.PACKAGE / room).glob("[!_]*.py"))
+    for name in {name for row in rows for name in re.findall(r"`(\w+)`", row)}:
+        assert re.search(rf"\b(def|class) {name}\b|\b{name}: ", code), name  # a part, a method or an argument

@@ -1,6 +1,7 @@
 """The commands as a person types them: what they print, and what they exit with."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_show_reads_like_a_page():
     text = lossary("show", "polyloss").stdout
     for wanted in ("PolyLoss: A Polynomial Expansion", "from lossary.losses import poly1_cross_entropy", "departs"):
         assert wanted in text
+
+
+def test_show_of_a_room_has_the_evidence_beside_the_advice():
+    text = lossary("show", "losses").stdout
+    assert "rare classes" in text
+    assert re.search(r"poly1_focal_loss \(\d/\d\)", " ".join(text.split()))
+    assert "claims hold; at most" in text
+    page = json.loads(lossary("show", "losses", "--json").stdout)
+    assert page["room"] == "losses"
+    assert {"polyloss", "sam"} & {paper["id"] for paper in page["papers"]} == {"polyloss"}
 
 
 @pytest.mark.parametrize(

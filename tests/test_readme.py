@@ -25,7 +25,7 @@ def test_the_python_runs(code):
     "line", [line for block in blocks("") for line in block.splitlines() if "lossary f" in line or "lossary s" in line]
 )
 def test_the_commands_run(line):
-    done = subprocess.run([sys.executable, "-m", *shlex.split(line)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *shlex.split(line, comments=True)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "poly" in done.stdout.lower()
 

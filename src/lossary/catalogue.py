@@ -98,6 +98,12 @@ def entry(id: str, package: Path = PACKAGE) -> Entry:
     return everything[id]
 
 
+def room_page(room: str, package: Path = PACKAGE) -> str:
+    """What a room says of itself: its engine, and a table from symptom to part."""
+    source = (package / room / "__init__.py").read_text("utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""
+
+
 def search(query: str, found: Iterable[Entry] | None = None) -> list[Entry]:
     """Papers that match the query, best first. Each gains `score` and `why`, the words or symptoms that matched."""
     papers = list(entries() if found is None else found)

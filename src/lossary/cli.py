@@ -137,12 +137,19 @@ def find(
         out.print(Padding(escape(hit["summary"]), (0, 0, 0, 4)))
 
 
-@app.command(epilog="Example: lossary show polyloss")
+@app.command(epilog="Example: lossary show polyloss, or a whole room: lossary show losses")
 def show(
-    paper_id: Annotated[str, typer.Argument(metavar="ID", help="A paper's id, as `find` prints it.")],
+    paper_id: Annotated[str, typer.Argument(metavar="ID", help="A paper's id, as `find` prints it, or a room.")],
     as_json: AsJson = False,
 ) -> None:
-    """What a paper changes, when it helps, how to call it, and what was found."""
+    """What a paper changes, when it helps, how to call it, and what was found; or what a room has for which trouble."""
+    papers = [entry for entry in catalogue.entries() if entry["room"] == paper_id]
+    if papers:
+        if as_json:
+            _print_json({"room": paper_id, "about": catalogue.room_page(paper_id), "papers": papers})
+        else:
+            _print_room(paper_id, papers)
+        return
     paper = _paper(paper_id)
     if as_json:
         _print_json(paper)
@@ -429,6 +436,34 @@ def _hit(hit: catalogue.Entry, role: str | None) -> dict[str, Any]:
         "part": shown[0]["name"],
         "parts": [p["name"] for p in hit["parts"]],
     }
+
+
+def _print_room(room: str, papers: list[catalogue.Entry]) -> None:
+    """The room's page, in whose table every part carries how many of its paper's claims hold, and its papers."""
+    from rich.markdown import Markdown
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    share = {}
+    for paper in papers:
+        real = [c["name"] for c in paper["claims"] if not c.get("control")]
+        outcomes = [record["outcome"] for name, record in (paper["verdict"] or {}).items() if name in real]
+        found = f"{outcomes.count('holds')}/{len(outcomes)}" if outcomes else "not run"
+        share |= {part["name"]: found for part in paper["parts"]}
+
+    def evident(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"{match[0]} ({share[name]})" if name in share else match[0]
+
+    lines = catalogue.room_page(room).split("\n")
+    page = "\n".join(re.sub(r"`(\w+)`", evident, line) if line.startswith("|") else line for line in lines)
+    out = _console()
+    out.print(Markdown(page))
+    out.print("[dim](2/3): two of the three claims of the part's paper hold, each on its own small task.[/]\n")
+    for paper in papers:
+        out.print(f"[bold cyan]{paper['id']}[/]  [dim]{_roles(paper)}[/]  {_found(paper)}")
+        out.print(Padding(escape(paper["summary"]), (0, 0, 0, 4)))
+    out.print(f"\n[dim]{_chance(papers)}[/]")
 
 
 def _roles(paper: catalogue.Entry) -> str:

@@ -11,7 +11,9 @@ from lossary.compare.arms import MOST_PARTS, RATES, check_names, choose
 from lossary.compare.metrics import named
 from lossary.compare.problem import Problem
 from lossary.compare.profile import Finding, Profile
+from lossary.compare.training import Fold, predict
 from lossary.errors import BadInput
+from lossary.tasks import Seeds
 
 NETWORK = {"hidden": [8], "activation": "relu", "steps": 10, "batch": 32}
 
@@ -100,14 +102,14 @@ def test_conventional_arms_meet_what_was_found():
 
 
 def test_class_weights_go_with_a_metric_that_counts_classes_alike():
-    def weights(metric: str, part: str) -> list[str | None]:
-        tried, _ = chosen("class-imbalance", metric=metric)
+    def weights(metric: str, part: str, paper: str = "polyloss") -> list[str | None]:
+        tried, _ = chosen("class-imbalance", metric=metric, names=[paper])
         return [setting["class_weight"] for setting in tried[part].settings]
 
-    assert set(weights("balanced accuracy", "optim.SAM")) == {"balanced"}
-    assert set(weights("accuracy", "optim.SAM")) == {None}
+    assert set(weights("balanced accuracy", "losses.comp_sum_loss", "comp-sum-loss")) == {"balanced"}
+    assert set(weights("accuracy", "losses.comp_sum_loss", "comp-sum-loss")) == {None}
     # A paper that is itself for imbalance is tried with and without, at every rate and every value.
-    tried, _ = chosen("class-imbalance", metric="balanced accuracy", settings=8)
+    tried, _ = chosen("class-imbalance", metric="balanced accuracy", settings=8, names=["polyloss"])
     settings = tried["losses.poly1_cross_entropy"].settings
     for key in ("lr", "hyper"):
         for value in [setting[key] for setting in settings]:
@@ -162,6 +164,30 @@ def test_the_best_fitting_parts_are_kept(monkeypatch):
     assert "fit better" in skipped[0][1]
 
 
+def test_of_equal_matches_those_whose_claims_held_come_first(monkeypatch):
+    entry, part = next((e, p) for e, p in arms._candidates() if p["name"] == "poly1_cross_entropy")
+    claims = [
+        {"name": "a", "kind": "superiority"},
+        {"name": "b", "kind": "ratio"},
+        {"name": "c", "kind": "exact"},
+        {"name": "d", "kind": "superiority", "control": "planted"},
+    ]
+
+    def paper(id, *held):
+        verdict = {name: {"outcome": "holds" if name in held else "does not hold"} for name in "abcd"}
+        return {**entry, "id": id, "helps": ["class-imbalance"], "parts": [part], "claims": claims, "verdict": verdict}
+
+    papers = [
+        {**paper("new"), "verdict": None},
+        paper("half", "b"),
+        paper("exact only", "c", "d"),
+        paper("both", "a", "b"),
+    ]
+    monkeypatch.setattr(arms, "_candidates", lambda: [(p, part) for p in papers])
+    found, _ = choose(problem(), profile("class-imbalance"), named("accuracy"), settings=2, network=NETWORK)
+    assert [arm.paper for arm in found if arm.part] == ["both", "half", "new", "exact only"]
+
+
 def test_a_real_loss_fits_a_real_target(monkeypatch):
     entry, part = next((e, p) for e, p in arms._candidates() if p["name"] == "poly1_cross_entropy")
     real = {**part, "options": {**part["options"], "on": "real"}}
@@ -171,3 +197,37 @@ def test_a_real_loss_fits_a_real_target(monkeypatch):
     )
     assert [s["error"] for s in found[-1].settings] == ["squared", "squared"]
     assert "for heavy tails" in found[-1].reason
+
+
+PARTS = [f"{paper['room']}.{part['name']}" for paper, part in arms._candidates()]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_that_can_serve_trains_on_what_the_profile_knows(name):
+    """On three imbalanced classes in two groups, no hyper-parameter set by hand, at the first value of each grid."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((90, 5)).astype(np.float32), np.repeat([0, 1, 2], [60, 20, 10])
+    fold = Fold(x, y, x[:7], 3, rng.integers(0, 2, 90), 0.1)
+    table = Problem("made", "", pd.DataFrame(x), y, "y", "classes", ("a", "b", "c"), fold.group)
+    facts = {name: value for name, value in fold.facts().items() if name != "class_counts"}
+    known = Profile(findings=(), notes=(), class_counts=(60, 20, 10), **facts)
+    paper, part = next((e, p) for e, p in arms._candidates() if f"{e['room']}.{p['name']}" == name)
+    if arms._obstacle(paper, part, table, known):
+        assert part["options"].get("on") in ("multilabel", "real") or name in NEEDS_MORE
+        return
+    assert name not in NEEDS_MORE
+    hyper = {key: values[0] for key, values in (part["options"].get("tune") or {}).items()}
+    usual = {"family": "network", "class_weight": None, "optimizer": "AdamW", "lr": 0.01, "weight_decay": 0.01}
+    setting = {**usual, **NETWORK, "part": name, "role": part["role"], "hyper": hyper}
+    predicted, parameters = predict(setting, fold, Seeds((0, 1)))
+    assert predicted.shape == (2, 7, 3)
+    assert np.exp(predicted).sum(-1) == pytest.approx(np.ones((2, 7)), abs=1e-5)
+    assert parameters > 0
+
+
+# What a table does not have: a perturbed copy of every input, each row's position in a loss, embeddings.
+NEEDS_MORE = {
+    "losses.smooth_adversarial_comp_sum_loss",
+    "losses.ALDRKLLoss",
+    "weighting.ClusterSensitivitySampler",
+}

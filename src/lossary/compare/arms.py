@@ -9,7 +9,8 @@ A part of the catalogue is tried if
    part takes the place of this rule.
 
 Past `MOST_PARTS` the rest is left out: raised findings count before `ALWAYS`, then more matches before fewer, then
-each paper's first part before its others. Every other part of a fitting role is skipped, with its reason.
+each paper's first part before its others, then papers of whose claims a larger share has held. Every other part of a
+fitting role is skipped, with its reason.
 
 Every arm has the same number of configurations, chosen before anything is trained. A network's come from pairs of
 learning rate and weight decay, `RATES`; a part crosses the first of them with values spread evenly over its grid
@@ -41,7 +42,7 @@ ALWAYS = {
 MOST_PARTS = 10
 EVEN = ("balanced accuracy", "macro F1")  # metrics for which every class counts the same
 # Arguments without a default that training hands to a part.
-MADE_HERE = {"self", "input", "target", "losses", "params", "epochs", "generator", "model", "loss", "profile"}
+MADE_HERE = {"self", "input", "target", "losses", "params", "epochs", "generator", "labels", "model", "loss", "profile"}
 
 # Learning rate and weight decay, the more promising pairs first.
 RATES = (
@@ -117,7 +118,7 @@ def choose(
         if names:
             reason = f"named by --arms{'; ' + reason if rank else ''}"
             served |= answers
-        order = (*rank, paper["parts"].index(part))
+        order = (*rank, paper["parts"].index(part), -_held(paper))
         parts.append((order, _part_arm(paper, part, reason, balance, problem, settings, network)))
     for name in unfit.keys() - served:
         raise BadInput(f"--arms: {unfit[name]}")
@@ -226,6 +227,13 @@ def _match(paper: catalogue.Entry, raised: set[str], groups: bool) -> tuple[tupl
     if not paper["helps"]:
         return (), "claims to help with nothing that a table shows"
     return (), f"is for {' and '.join(map(_plain, paper['helps']))}, of which this data shows no sign"
+
+
+def _held(paper: catalogue.Entry) -> float:
+    """The share of a paper's claims that hold; exact statements say nothing about what helps, nor do controls."""
+    names = [claim["name"] for claim in paper["claims"] if claim["kind"] != "exact" and not claim.get("control")]
+    verdict = paper["verdict"] or {}
+    return sum(verdict.get(name, {}).get("outcome") == "holds" for name in names) / max(1, len(names))
 
 
 def _worded(symptom: str) -> str:

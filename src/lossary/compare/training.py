@@ -131,7 +131,7 @@ def recipe(setting: Setting, fold: Fold, seeds: Seeds) -> Recipe:
         asked = inspect.signature(part).parameters
 
         def make(s: int) -> Any:
-            own = {"epochs": epochs, "generator": generators[s]}
+            own = {"epochs": epochs, "generator": generators[s], "labels": torch.from_numpy(fold.y)}
             bound = {**fill(part, facts), **{name: own[name] for name in own if name in asked}, **hyper}
             return part(**bound) if isinstance(part, type) else partial(part, **bound)
 

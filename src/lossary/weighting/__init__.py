@@ -2,16 +2,35 @@
 
 A weighting is `w(losses, *, target, group, index)`: it asks by keyword for what it needs and returns one
 weight per sample, without gradient, to be multiplied with the losses before their mean is taken. What it
-remembers lives in buffers, by group or by the sample's index. A selector is a `torch.utils.data.Sampler`; one
-object may be both. Where networks pick samples for one another, it is a procedure, driven by
-`lossary.roles.advance`.
+remembers lives in buffers, by group or by the sample's index (`_memory`, alike in all processes of a distributed run).
+A selector is a `torch.utils.data.Sampler`; one object may be both. Where networks pick samples for one another, it is
+a procedure, driven by `lossary.roles.advance`. Worst-case weights over divergence balls and spectra come from one exact
+solver, `_worst_case`; two heaps of losses are told apart by `_two_gaussians`.
 
 | Your trouble | Try first | Then |
 |---|---|---|
-| a known group fares worst | `GroupDRO` with strong weight decay | its `adjustment`, where groups are small |
+| wrong labels, nothing known about them | `DynamicLossGate` | `loss_gate_label_correction` |
+| wrong labels in text, token by token | `ErrorNormTruncationLoss` | |
 | wrong labels, two networks affordable | `CompressedCoTeaching` | |
 | wrong labels, one network | `NestedDropout` before the last layer | a robust loss from `lossary.losses` |
-| training takes too long | `InfoBatch` | |
+| which labels are wrong? | `el2n_score` | `privacy_training_score` with `model_confidence_score` |
+| a long tail of classes | `class_balanced_weights` | `DeferredReweighting`, with SAM of `lossary.optim` |
+| a long tail, features that do not separate | `NC1Loss` with `nc2_loss` | `classwise_hessian_spectrum` to see why |
+| a long tail, several heads affordable | `ride_loss` with `MultiExpertHead` | `ExpertRouter` |
+| a long tail, few labels, many inputs | `DASO` | |
+| a long tail of labels, many at once | `distribution_balanced_loss` | `AdaptiveLogitAdjustedLoss` |
+| a long tail and missing positives | `multi_focal_modifier_loss` | `ReflectiveLabelCorrectorLoss` |
+| rare values of a real target | `DistLoss` | |
+| an ordered target whose last step is rare | `PrestoOrdinalClassifier` | |
+| a known group fares worst | `GroupDRO` with strong weight decay | its `adjustment`, where groups are small |
+| the worst group, a fitted last layer, heavy tails | `BalancedSubsample` | `tail_asymmetry_experiment` |
+| the worst share of samples counts | `Prospect` with `spectral_risk_weights` | |
+| predictions tell the group, in places unknown | `BROADClassifier` | `ROADClassifier` |
+| few labels, unlabelled rows from elsewhere | `RobustSelfTrainingLoss` | |
+| a real target is distributed differently now | `ReTaSAWeights` | |
+| training takes too long | `InfoBatch` | `prune_by_score` of `el2n_score` |
+| labels or losses are dear | `ClusterSensitivitySampler` | |
+| several tasks share a network | `ImprovableGapBalancing` | |
 """
 
 from lossary.catalogue import lazy_room

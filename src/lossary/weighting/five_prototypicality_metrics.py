@@ -22,7 +22,7 @@ from lossary.paper import Paper
 PAPER = Paper(
     title="Distribution Density, Tails, and Outliers in Machine Learning: Metrics and Applications",
     year=2019,
-    helps=("strange-inputs", "label-noise"),
+    helps=("label-noise",),
     departs=(
         "adv finds its perturbations with DeepFool and a line search, not with Carlini and Wagner's attack",
         "the trainings (retraining, ensembles, differential privacy) are the caller's; the scores take their outputs",
