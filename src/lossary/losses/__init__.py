@@ -4,7 +4,8 @@ Three families. One class of many: the engine `_softmax.log_prob` gives the log-
 temperature and with a margin, with a lean gradient, so a loss that is a function of it costs no more than
 cross-entropy, whatever the function. Many labels at once: `_sigmoid.binary_losses` sums focal terms of every label,
 value and slope together, on blocks of rows that stay in the cache. Sequences and codes: a lattice of alignments, the
-digits of a number, the levels of a score.
+digits of a number, the levels of a score. The field's other common losses, and its metrics, are in `loss_registry` and
+`metric_registry`.
 
 | Your trouble | Try first | Then |
 |---|---|---|
@@ -14,6 +15,9 @@ digits of a number, the levels of a score.
 | rare classes, F1 is reported | `batch_dice_loss` | cross-entropy and a threshold chosen for F1 |
 | few of many labels are there, or some are missed | `asymmetric_loss` | `AdaptiveAsymmetricLoss` |
 | many positives unmarked, negatives not to be trusted | `pu_multilabel_loss` | `pu_mixup_consistency` beside it |
+| a few real targets gone wild | `loss_registry`, its "huber" | `log_cosh_loss` |
+| boxes | `diou_loss` | `ciou_loss` |
+| embeddings of faces or products | `arcface_loss` | `circle_loss` |
 | sound events, frames, F1 at 0.5 | `multilabel_dice_loss` | its scores: `segment_based_f1_er` |
 | few labels, many inputs | `VATLoss` | `conditional_entropy_loss` beside it |
 | some values of a real target are rare | `imbalanced_regression_sampler` | `RegressionWithClassificationLoss` |

@@ -30,6 +30,9 @@ solver, `_worst_case`; two heaps of losses are told apart by `_two_gaussians`.
 | a real target is distributed differently now | `ReTaSAWeights` | |
 | training takes too long | `InfoBatch` | `prune_by_score` of `el2n_score` |
 | labels or losses are dear | `ClusterSensitivitySampler` | |
+| a network solves an equation with a sharp feature somewhere | `AdversarialAdaptiveSampler` | |
+| scores must not hang on group through its proxies | `AntidotePreprocessor` | `AntidoteInprocessor` |
+| bounds on a sum or an effect when only marginals are known | `wasserstein_makarov_bounds` | `marginal_model_risk` |
 | several tasks share a network | `ImprovableGapBalancing` | |
 """
 

@@ -15,7 +15,7 @@ from lossary.claims import Seeds
 from lossary.claims.losses import loss_metric_survey as registered
 from lossary.criterion import Criterion
 from lossary.losses import _metrics as metrics
-from lossary.losses import loss_registry, metric_registry
+from lossary.losses import RegistryEntry, loss_registry, metric_registry
 from lossary.roles import check, mark_of
 
 
@@ -40,6 +40,14 @@ def test_every_task_is_covered():
     assert count == dict(zip(tasks, (6, 10, 5, 4, 9, 3, 4, 2)))
     count = {task: sum(e.task == task for e in metric_registry().values()) for task in tasks}
     assert count == dict(zip(tasks, (7, 9, 1, 5, 0, 0, 2, 3)))
+
+
+def test_an_entry_is_a_record_that_stays_as_it_is():
+    entry = loss_registry()["huber"]
+    assert entry == RegistryEntry(entry.call, "regression", "real", (0.0, math.inf), "lower", entry.home, entry.source)
+    assert entry.call(draw(3), draw(3)).shape == (3,)
+    with pytest.raises(AttributeError, match="cannot assign"):
+        entry.better = "higher"
 
 
 def test_every_loss_is_least_at_a_perfect_prediction():
