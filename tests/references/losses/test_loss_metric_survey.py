@@ -14,8 +14,8 @@ from lossary import losses
 from lossary.claims import Seeds
 from lossary.claims.losses import loss_metric_survey as registered
 from lossary.criterion import Criterion
-from lossary.losses import _metrics as metrics
 from lossary.losses import RegistryEntry, loss_registry, metric_registry
+from lossary.losses import _metrics as metrics
 from lossary.roles import check, mark_of
 
 
