@@ -444,7 +444,7 @@ def _print_room(room: str, papers: list[catalogue.Entry]) -> None:
     from rich.markup import escape
     from rich.padding import Padding
 
-    share = {}
+    share: dict[str, str] = {}
     for paper in papers:
         real = [c["name"] for c in paper["claims"] if not c.get("control")]
         outcomes = [record["outcome"] for name, record in (paper["verdict"] or {}).items() if name in real]
