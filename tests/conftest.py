@@ -1,9 +1,13 @@
 """`--paper ID` keeps one paper's tests: its reference file, and what is parametrised by its id."""
 
+import signal
+
 import pytest
 import torch
 
 torch.set_num_threads(1)  # small models only wait on a second thread
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; programs under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
