@@ -406,7 +406,9 @@ def _print_comparison(found: "Comparison", folder: Path) -> None:
     out.print(f"{escape(data['name'])}: {metric['name']}, {metric['better']} is better ({metric['why']}); {rows}.\n")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("arm", "score", "lead", "95% interval", "p"):
-        table.add_column(column, justify="left" if column in ("arm", "95% interval") else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in ("arm", "95% interval") else "right", no_wrap=column != "arm"
+        )
     for arm in found.arms:
         lead = arm.against_baseline
         table.add_row(

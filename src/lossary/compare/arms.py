@@ -39,7 +39,7 @@ ALWAYS = {
     "overfitting": "any network can fit its training rows too well",
     "training-cost": "shorter training is always welcome",
 }
-MOST_PARTS = 10
+MOST_PARTS = 8
 EVEN = ("balanced accuracy", "macro F1")  # metrics for which every class counts the same
 # Arguments without a default that training hands to a part.
 MADE_HERE = {"self", "input", "target", "losses", "params", "epochs", "generator", "labels", "model", "loss", "profile"}
