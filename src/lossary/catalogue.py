@@ -98,6 +98,12 @@ def entry(id: str, package: Path = PACKAGE) -> Entry:
     return everything[id]
 
 
+def outcomes(paper: Entry) -> dict[str, str]:
+    """The outcome of every claim of the paper that was run, by its name, controls left out."""
+    real = {claim["name"] for claim in paper["claims"] if not claim.get("control")}
+    return {name: run["outcome"] for name, run in (paper["verdict"] or {}).items() if name in real}
+
+
 def room_page(room: str, package: Path = PACKAGE) -> str:
     """What a room says of itself: its engine, and a table from symptom to part."""
     source = (package / room / "__init__.py").read_text("utf-8")

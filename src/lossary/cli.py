@@ -143,7 +143,9 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """What a paper changes, when it helps, how to call it, and what was found; or what a room has for which trouble."""
-    papers = [entry for entry in catalogue.entries() if entry["room"] == paper_id]
+    papers = (
+        [entry for entry in catalogue.entries() if entry["room"] == paper_id] if paper_id in catalogue.ROOMS else []
+    )
     if papers:
         if as_json:
             _print_json({"room": paper_id, "about": catalogue.room_page(paper_id), "papers": papers})
@@ -448,8 +450,7 @@ def _print_room(room: str, papers: list[catalogue.Entry]) -> None:
 
     share: dict[str, str] = {}
     for paper in papers:
-        real = [c["name"] for c in paper["claims"] if not c.get("control")]
-        outcomes = [record["outcome"] for name, record in (paper["verdict"] or {}).items() if name in real]
+        outcomes = list(catalogue.outcomes(paper).values())
         found = f"{outcomes.count('holds')}/{len(outcomes)}" if outcomes else "not run"
         share |= {part["name"]: found for part in paper["parts"]}
 
@@ -474,8 +475,7 @@ def _roles(paper: catalogue.Entry) -> str:
 
 def _found(paper: catalogue.Entry) -> str:
     """The outcomes of a paper's claims, controls left out."""
-    real = [c["name"] for c in paper["claims"] if not c.get("control")]
-    outcomes = [record["outcome"] for name, record in (paper["verdict"] or {}).items() if name in real]
+    outcomes = list(catalogue.outcomes(paper).values())
     counted = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
     return (
         ", ".join(f"[{MARKS[o]}]{o}[/]" + (f" x{n}" if n > 1 else "") for o, n in counted.items()) or "[dim]not run[/]"

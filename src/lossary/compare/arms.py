@@ -232,8 +232,8 @@ def _match(paper: catalogue.Entry, raised: set[str], groups: bool) -> tuple[tupl
 def _held(paper: catalogue.Entry) -> float:
     """The share of a paper's claims that hold; exact statements say nothing about what helps, nor do controls."""
     names = [claim["name"] for claim in paper["claims"] if claim["kind"] != "exact" and not claim.get("control")]
-    verdict = paper["verdict"] or {}
-    return sum(verdict.get(name, {}).get("outcome") == "holds" for name in names) / max(1, len(names))
+    outcomes = catalogue.outcomes(paper)
+    return sum(outcomes.get(name) == "holds" for name in names) / max(1, len(names))
 
 
 def _worded(symptom: str) -> str:
