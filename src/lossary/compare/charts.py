@@ -92,7 +92,7 @@ def forest(
     ]
     narrow = width < NARROW
     x = _x(_titled(f"lead over {baseline}", unit), [row[end] for row in rows for end in ("low", "high")])
-    base = alt.Chart(_rows(rows)).encode(alt.Y("arm:N", sort=None, title=None, axis=None if narrow else _names(250)))
+    base = alt.Chart(_rows(rows)).encode(alt.Y("arm:N", sort=None, title=None, axis=None if narrow else _names(330)))
     dot = base.transform_filter("datum.shown").mark_point(strokeWidth=2)
     arrow = base.transform_filter("datum.beyond").mark_point(shape="triangle-left", size=60, xOffset=2)
     layers = [
