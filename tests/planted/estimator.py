@@ -144,8 +144,20 @@ class SaysNothing(NearestMean):
     """Nearest class mean, without an example of its scale."""
 
 
+@estimator(on="logits")
+class ForgetsToNormalise(BaseEstimator):
+    def fit(self, logits, labels):
+        self.scale_ = np.abs(logits).max()
+        return self
+
+    def predict_proba(self, logits):
+        check_is_fitted(self)
+        return np.exp(logits / self.scale_)
+
+
 FAULTS = {
     "predicts_rows": PredictsOnce,
+    "probabilities": ForgetsToNormalise,
     "conventions": ForgetsItsWidth,
     "fits": ReturnsNothing,
     "unfitted": AnswersUnfitted,

@@ -19,7 +19,11 @@ class FittedCase(Case):
 
     learns_from: tuple[str, ...]
     asked_about: str
-    method: str
+
+    @property
+    def method(self) -> str:
+        """The name of the method that is asked."""
+        raise NotImplementedError
 
     def inputs(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
         """Fresh inputs; another seed draws other rows of the same kind."""

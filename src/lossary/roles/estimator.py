@@ -16,6 +16,7 @@ from lossary.roles._battery import (
     quick,
     refuses_hyper,
     repeatable,
+    same,
     unmutated,
 )
 from lossary.roles._fitted import FITTED, FittedCase
@@ -36,8 +37,9 @@ def estimator(
     """Mark an estimator: a class that passes for one of scikit-learn's.
 
     Args:
-        on: what it learns from: "classes" (features and class numbers), "real" (features and numbers) or "sets"
-            (scores from 0 to 1 and what is true of them, boolean and of the same shape; it predicts sets).
+        on: what it learns from: "classes" (features and class numbers), "real" (features and numbers), "sets"
+            (scores from 0 to 1 and what is true of them, boolean and of the same shape; it predicts sets) or
+            "logits" (a classifier's logits and class numbers; it calibrates, by `predict_proba`).
             scikit-learn's own checks run on the first two.
         examples: hyper-parameters for the battery.
         tune: grid for `compare`.
@@ -64,7 +66,12 @@ def _sets(g: torch.Generator) -> tuple[Tensor, Tensor]:
     return scores, torch.rand(scores.shape, generator=g, dtype=torch.float64) < scores
 
 
-FIXTURES = {"classes": _classes, "real": _real, "sets": _sets}
+def _logits(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    logits = 2 * torch.randn(TRAIN + TEST, CLASSES, generator=g, dtype=torch.float64)
+    return 3 * logits, torch.multinomial(logits.softmax(1), 1, generator=g).squeeze(1)  # overconfident, threefold
+
+
+FIXTURES = {"classes": _classes, "real": _real, "sets": _sets, "logits": _logits}
 
 
 class EstimatorCase(FittedCase):
@@ -72,7 +79,11 @@ class EstimatorCase(FittedCase):
 
     learns_from = ("X", "y")
     asked_about = "new"
-    method = "predict"
+
+    @property
+    def method(self) -> str:
+        """What the estimator is asked by."""
+        return "predict_proba" if self.mark.options["on"] == "logits" else "predict"
 
     def inputs(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
         x, y = FIXTURES[self.mark.options["on"]](torch.Generator().manual_seed(seed))
@@ -82,7 +93,7 @@ class EstimatorCase(FittedCase):
         return super().fit(part, {name: value.numpy() for name, value in inputs.items()})
 
     def ask(self, part: Any, inputs: Mapping[str, Any]) -> Any:
-        answer = part.predict(inputs["new"].numpy())
+        answer = getattr(part, self.method)(inputs["new"].numpy())
         return torch.from_numpy(answer) if isinstance(answer, np.ndarray) else answer
 
     def wrong(self) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -95,11 +106,21 @@ class EstimatorCase(FittedCase):
 
 
 def predicts_rows(case: EstimatorCase) -> None:
-    """predict gives an array with one entry a row."""
+    """The answer is an array with one entry a row."""
     inputs = case.inputs()
     got = case.call(inputs)
-    demand(isinstance(got, Tensor), f"predict gave a {type(got).__name__} where an array was expected")
+    demand(isinstance(got, Tensor), f"{case.method} gave a {type(got).__name__} where an array was expected")
     demand(got.shape[:1] == (TEST,), f"expected {TEST} entries, got shape {tuple(got.shape)}")
+
+
+def probabilities(case: EstimatorCase) -> None:
+    """A calibrator gives probabilities: none negative, one for each class, their sum 1."""
+    if case.mark.options["on"] != "logits":
+        return
+    got = case.call(case.inputs())
+    demand(got.shape == (TEST, CLASSES), f"expected shape ({TEST}, {CLASSES}), got {tuple(got.shape)}")
+    demand(bool((got >= 0).all()), f"a probability of {got.min():.4g}")
+    demand(same(got.sum(1), torch.ones(TEST).to(got), atol=1e-6), "the probabilities of a row do not sum to 1")
 
 
 def refuses_rows(case: EstimatorCase) -> None:
@@ -116,8 +137,8 @@ def refuses_rows(case: EstimatorCase) -> None:
 
 def conventions(case: EstimatorCase) -> None:
     """scikit-learn's own check_estimator finds nothing (classifiers and regressors)."""
-    if case.mark.options["on"] == "sets":
-        return  # its checks feed features and classes, which sets are not
+    if case.mark.options["on"] in ("sets", "logits"):
+        return  # its checks feed features and classes, which sets and logits are not
     import warnings
 
     from sklearn.utils.estimator_checks import check_estimator
@@ -131,10 +152,11 @@ def conventions(case: EstimatorCase) -> None:
 
 ROLE = Role(
     name="estimator",
-    protocol="fit(X, y), predict(X) -> (N, ...)",
+    protocol="fit(X, y), predict(X) -> (N, ...); a calibrator: fit(logits, y), predict_proba(logits) -> (N, C)",
     case=EstimatorCase,
     checks=(
         predicts_rows,
+        probabilities,
         conventions,
         *FITTED,
         quick,
