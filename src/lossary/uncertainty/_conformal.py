@@ -3,7 +3,9 @@
 Losses of n calibration samples fall as a setting lambda grows. `first_safe` finds the first setting at which
 their weighted mean, the unseen sample counted among them at the largest loss there is, meets a level.
 Where the loss is a yes or no that each sample decides at a point of its own, that setting is `quantile` of
-these points, the usual split-conformal one. `losses_at` and `numbers` check what is given, array or tensor.
+these points, the usual split-conformal one: intervals are predictions plus and minus it, sets of labels those
+whose score does not exceed it. With scores that tie, or n too small for the level, such sets cover more than asked;
+`p_values` with random numbers make the coverage exact. `losses_at` and `numbers` check what is given, array or tensor.
 """
 
 from typing import Any
@@ -76,7 +78,60 @@ def first_safe(
     return np.searchsorted(-(weights @ losses), -spare)
 
 
+def rank(n: int, alpha: float) -> int:
+    """ceil((n + 1)(1 - alpha)), which of n sorted points to take; n + 1 where n is too small for alpha."""
+    return int(np.ceil((n + 1) * (1 - alpha) * (1 - ROUNDING)))
+
+
 def quantile(points: NDArray, alpha: float) -> float:
     """The ceil((n + 1)(1 - alpha))-th smallest of n points, infinity where n is too small for alpha."""
-    rank = int(np.ceil((len(points) + 1) * (1 - alpha) * (1 - ROUNDING)))
-    return float(np.partition(points, rank - 1)[rank - 1]) if rank <= len(points) else np.inf
+    k = rank(len(points), alpha)
+    return float(np.partition(points, k - 1)[k - 1]) if k <= len(points) else np.inf
+
+
+def lower_quantile(points: NDArray, alpha: float) -> float:
+    """The floor((n + 1) alpha)-th smallest of n points, minus infinity where n is too small for alpha."""
+    return -quantile(-points, alpha)
+
+
+def split_interval(predictions: NDArray, residuals: NDArray, alpha: float) -> NDArray:
+    """Intervals (M, 2): predictions (M,) plus and minus the `quantile` of n residuals' sizes, maybe infinite."""
+    radius = quantile(np.abs(residuals), alpha)
+    return np.stack([predictions - radius, predictions + radius], axis=-1)
+
+
+def threshold_scores(probabilities: NDArray) -> NDArray:
+    """Scores (N, K) of labels whose sets are the smallest on average: one minus the label's probability."""
+    return 1 - probabilities
+
+
+def set_scores(probabilities: NDArray, u: NDArray) -> NDArray:
+    """Scores (N, K) of labels whose sets adapt to the row: the mass of likelier labels plus a share u of the own.
+
+    Args:
+        probabilities: (N, K), rows summing to 1; equal ones rank in the order of their labels.
+        u: (N,) from 0 to 1. Uniform random numbers make coverage exact, save where labels of probability 0 occur;
+            1 counts the label whole, whose sets cover more.
+    """
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    ranked = np.take_along_axis(probabilities, order, axis=1)
+    scores = np.empty_like(ranked)
+    np.put_along_axis(scores, order, ranked.cumsum(1) - (1 - u[:, None]) * ranked, axis=1)
+    return scores
+
+
+def p_values(scores: NDArray, calibration: NDArray, u: NDArray | float = 1.0) -> NDArray:
+    """The share of the n + 1 scores, the new one among them, that are at least as large as each new one.
+
+    The set of the labels whose value exceeds alpha is that of the scores up to `quantile(calibration, alpha)`.
+
+    Args:
+        scores: new ones, of any shape.
+        calibration: (n,).
+        u: broadcasts over `scores`; how much of the ties counts, the new one's tie with itself among them. Uniform
+            random numbers, one a row, make the value of the true label uniform, whatever the ties and however small n.
+    """
+    ordered, n = np.sort(calibration), len(calibration)
+    above = n - np.searchsorted(ordered, scores, side="right")
+    at_least = n - np.searchsorted(ordered, scores, side="left")
+    return (above + u * (at_least - above + 1)) / (n + 1)
