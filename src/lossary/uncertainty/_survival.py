@@ -176,9 +176,8 @@ class SurvivalRegressor(BaseEstimator):
     """Maximum likelihood for a lifetime whose parameters are linear in the covariates, each on a scale of its own.
 
     A subclass says which parameters there are, which depend on covariates, where to begin, and what they make:
-    `_starts(time, event, d)` gives places to begin, each by parameter (1,) or, where it depends on the d covariates,
-    (1 + d,) with the intercept first; the best maximum counts. `_lifetime(eta)` turns linear predictors (N,) by name
-    into a `Lifetime`.
+    `_start(time, event, d)` says where to begin, by parameter (1,) or, where it depends on the d covariates, (1 + d,)
+    with the intercept first. `_lifetime(eta)` turns linear predictors (N,) by name into a `Lifetime`.
 
     Newton steps in a trust region, with second derivatives by row and parameter, so that a step costs
     O(N coefficients^2). Covariates are standardised within; a constant one gets the coefficient 0.
@@ -212,9 +211,8 @@ class SurvivalRegressor(BaseEstimator):
         def log_likelihood(**eta: Tensor) -> Tensor:
             return self._lifetime(eta).log_likelihood(when, whether)
 
-        starts = self._starts(t, happened, rows.shape[1])
-        found = [maximum_likelihood(log_likelihood, design, start) for start in starts]
-        theta, self.log_likelihood_ = max(found, key=lambda one: one[1])
+        start = self._start(t, happened, rows.shape[1])
+        theta, self.log_likelihood_ = maximum_likelihood(log_likelihood, design, start)
         self.intercept_ = {name: float(b[0] - b[1:] @ (centre / spread)[: len(b) - 1]) for name, b in theta.items()}
         self.coef_ = {name: b[1:] / spread for name, b in theta.items() if len(b) > 1}
         self.n_parameters_ = sum(map(len, theta.values()))
@@ -251,7 +249,7 @@ class SurvivalRegressor(BaseEstimator):
         batch = self.predict_distribution(X)
         return float(batch.log_likelihood(torch.from_numpy(t), torch.from_numpy(happened)).mean())
 
-    def _starts(self, time: NDArray, event: NDArray, features: int) -> list[dict[str, NDArray]]:
+    def _start(self, time: NDArray, event: NDArray, features: int) -> dict[str, NDArray]:
         raise NotImplementedError
 
     def _lifetime(self, eta: dict[str, Tensor]) -> Lifetime:
