@@ -69,6 +69,16 @@ def test_brier_score_without_censoring_is_a_mean_square():
     assert integrated_brier_score(time, None, survival, grid) == pytest.approx(area / 0.9)
 
 
+def test_brier_score_with_a_tie_by_hand():
+    """Of 1 (event), 2 (event), 2 (end), 4 (event): G(2-) = 1 and G = 1/2 from 2 on."""
+    survival = [[0.9, 0.5], [0.8, 0.4], [0.7, 0.3], [0.6, 0.2]]
+    first = (0.9**2 + 0.2**2 + 0.3**2 + 0.4**2) / 4
+    second = (0.5**2 + 0.4**2 + 0.8**2 / 0.5) / 4  # the third is left out
+    assert integrated_brier_score([1, 2, 2, 4], [1, 1, 0, 1], survival, [1.5, 2.0]) == pytest.approx(
+        (first + second) / 2
+    )
+
+
 def test_brier_score_equals_scikit_survival():
     """0.20926722788525326 is what scikit-survival 0.28.0 gave for these rows."""
     rng = np.random.default_rng(0)
@@ -113,8 +123,8 @@ def test_everything_follows_from_the_hazard():
 
 
 class ExponentialRegressor(SurvivalRegressor):
-    def _starts(self, time, event, features):
-        return [{"rate": np.zeros(1 + features)}]
+    def _start(self, time, event, features):
+        return {"rate": np.zeros(1 + features)}
 
     def _lifetime(self, eta):
         return Exponential(eta["rate"].exp())
@@ -159,6 +169,16 @@ def test_maximum_likelihood_finds_a_known_maximum():
     assert found["mean"] == pytest.approx([intercept, slope], rel=1e-7)
     assert found["log_std"] == pytest.approx([np.log(residual) / 2], rel=1e-7)
     assert value == pytest.approx(-25 * (np.log(2 * np.pi * residual) + 1))
+
+
+def test_steps_too_far_are_taken_back_and_parameters_may_be_apart():
+    """log a - a from a = 30, where growing Newton steps soon lead below 0, and a parabola apart from it."""
+    found, value = maximum_likelihood(
+        lambda a, b: a.log() - a - (b - 2) ** 2,
+        torch.ones(1, 1, dtype=torch.float64),
+        {"a": np.array([30.0]), "b": np.zeros(1)},
+    )
+    assert (found["a"][0], found["b"][0], value) == pytest.approx((1, 2, -1), abs=1e-7)
 
 
 def test_refusals_name_the_argument():
