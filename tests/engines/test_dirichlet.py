@@ -13,7 +13,7 @@ from lossary.uncertainty import _dirichlet as engine
 ALPHAS = [
     [1.0, 1.0, 1.0],
     [2.0, 0.5, 7.0],
-    [9.99, 10.01, 0.5],
+    [11.99, 12.01, 0.5],
     [1e-8, 1e-3, 2.0],
     [1e-12, 1e-12, 1e-12],
     [5e3, 2e3, 1e2],
@@ -72,6 +72,22 @@ def test_entropy_and_divergence_are_those_of_torch_distributions():
     torch.testing.assert_close(engine.kl(a, b), kl_divergence(Dirichlet(a), Dirichlet(b)), rtol=1e-9, atol=1e-9)
 
 
+def test_density_is_that_of_torch_distributions_and_linear_in_log_p():
+    g = torch.Generator().manual_seed(0)
+    a = torch.rand(50, 4, generator=g, dtype=torch.float64) * 20 + 0.1
+    p = torch.randn(2, 50, 4, generator=g, dtype=torch.float64).softmax(-1)
+    densities = -Dirichlet(a).log_prob(p)
+    torch.testing.assert_close(engine.negative_log_density(a, p[0].log()), densities[0], rtol=1e-10, atol=1e-10)
+    both = engine.negative_log_density(a, p.log().mean(0))
+    torch.testing.assert_close(both, densities.mean(0), rtol=1e-10, atol=1e-10)
+    huge, m = torch.tensor([3e9, 6e9, 1e9]), torch.tensor([0.3, 0.6, 0.1])
+    with mpmath.workdps(60):  # at its own mean, where only the constants are left
+        exact = [mpmath.mpf(x) for x in huge.tolist()]
+        at = sum(map(log_gamma, exact)) - log_gamma(sum(exact))
+        at -= sum((x - 1) * mpmath.log(x / sum(exact)) for x in exact)
+    assert engine.negative_log_density(huge.double(), m.double().log()).item() == pytest.approx(float(at), rel=1e-6)
+
+
 def test_expectations_are_integrals_over_the_beta_distribution():
     a, b = 2.5, 0.7
     density = stats.beta(a, b)
@@ -95,7 +111,7 @@ def test_expectations_are_integrals_over_the_beta_distribution():
     assert power.exp().item() == pytest.approx(expected(lambda t: t**1.5), abs=1e-8)
 
 
-@pytest.mark.parametrize("x", [1e-6, 0.3, 9.999, 10.001, 1e3, 1e9])
+@pytest.mark.parametrize("x", [1e-6, 0.3, 11.999, 12.001, 1e3, 1e9])
 @pytest.mark.parametrize("power", [0.5, 4.0])
 def test_log_rising_is_a_difference_of_log_gammas(x, power):
     with mpmath.workdps(60):
@@ -132,3 +148,18 @@ def test_evidence_maps():
             engine.concentration(z, **wrong)
     with pytest.raises(ValueError, match="input: expected at least two classes"):
         engine.concentration(z[:1])
+
+
+@pytest.mark.parametrize("x", [1e-9, 0.2, 11.9, 12.0, 15.0, 40.0, 1e6])
+def test_the_two_functions_that_all_is_made_of(x):
+    with mpmath.workdps(60):
+        exact = mpmath.mpf(x)
+        excess = float(psi(exact + 1) - mpmath.log(exact))
+        stirling = (exact - 0.5) * mpmath.log(exact) - exact + mpmath.log(2 * mpmath.pi) / 2
+        remainder = float(log_gamma(exact) - stirling)
+    given = torch.tensor(x, dtype=torch.float64)
+    assert engine.excess(given).item() == pytest.approx(excess, rel=1e-14, abs=4e-15)
+    assert engine.stirling_remainder(given).item() == pytest.approx(
+        remainder, rel=1e-14, abs=1e-14 if x < 12 else 4e-15
+    )
+    assert engine.log_gap(given).item() == pytest.approx(1 / x - excess, rel=1e-12, abs=1e-14)

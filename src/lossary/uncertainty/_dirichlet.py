@@ -77,6 +77,15 @@ def kl(
     return between + _less_last(terms)
 
 
+def negative_log_density(
+    alpha: Float[Tensor, "*batch classes"], log_p: Float[Tensor, "*batch classes"]
+) -> Float[Tensor, "*batch"]:
+    """-log density of Dir(alpha) at class probabilities; the mean over several is that at the mean of their `log_p`."""
+    x, classes = _with_total(alpha), alpha.shape[-1]
+    apart = (alpha * (mean(alpha).log() - log_p) + log_p).sum(-1)
+    return apart + _less_last(stirling_remainder(x) - x.log() / 2) + (classes - 1) / 2 * math.log(2 * math.pi)
+
+
 def mutual_information(alpha: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
     """Between label and class probabilities: the entropy that knowing the latter would take away, 0 to log K."""
     more = excess(_with_total(alpha))
