@@ -173,7 +173,8 @@ def extrapolation_table(
         ValueError: no severities, layers that the model does not have, shapes that do not fit.
 
     >>> data = {"plain": torch.tensor([[3.0], [-3.0]]), "faded": torch.tensor([[1.5], [-1.5]])}
-    >>> table = extrapolation_table(nn.Sequential(nn.Linear(1, 2, bias=False)), data, torch.tensor([0.5, 0.5]), layers=["0"])
+    >>> model = nn.Sequential(nn.Linear(1, 2, bias=False))
+    >>> table = extrapolation_table(model, data, torch.tensor([0.5, 0.5]), layers=["0"])
     >>> table[1]["0"], table[1]["distance"] < table[0]["distance"], table[1]["spread"] < table[0]["spread"]
     (0.5, True, True)
     """

@@ -40,7 +40,7 @@ PAPER = Paper(
     tune={"weight": (0.5, 1.0, 2.0, 5.0)},
 )
 class WDiscOOD(BaseEstimator):
-    """Distance to the nearest class among the discriminants plus weighted distance to all in the residual, eq. 11.
+    """Distance to the nearest class among the discriminants plus weighted distance to all in the residual.
 
     score = min_c ||g - mu_c^g|| + alpha ||h - mu^h||, neither squared, where z = S_w^(-1/2) x is a whitened
     feature, g its coordinates on the discriminants and h what is left of z. Higher is more unusual; the paper has
