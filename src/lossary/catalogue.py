@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -110,8 +110,18 @@ def room_page(room: str, package: Path = PACKAGE) -> str:
     return ast.get_docstring(ast.parse(source)) or ""
 
 
+def held(paper: Entry) -> float:
+    """The share of a paper's claims that hold; exact statements say nothing about what helps, nor do controls."""
+    names = [claim["name"] for claim in paper["claims"] if claim["kind"] != "exact" and not claim.get("control")]
+    found = outcomes(paper)
+    return sum(found.get(name) == "holds" for name in names) / max(1, len(names))
+
+
 def search(query: str, found: Iterable[Entry] | None = None) -> list[Entry]:
-    """Papers that match the query, best first. Each gains `score` and `why`, the words or symptoms that matched."""
+    """Papers that match the query, best first. Each gains `score` and `why`, the words or symptoms that matched.
+
+    Of papers that claim to help with what is asked, those of whose claims a larger share held come first.
+    """
     papers = list(entries() if found is None else found)
     documents = [_document(paper) for paper in papers]
     rarity = _rarity(documents)
@@ -121,7 +131,7 @@ def search(query: str, found: Iterable[Entry] | None = None) -> list[Entry]:
     for paper, document in zip(papers, documents, strict=True):
         symptoms = [s for s in asked if s in paper["helps"]]
         words = [t for t in dict.fromkeys(terms) if t in document]
-        score = 12.0 * len(symptoms) + sum(rarity[t] * document[t] for t in words)
+        score = (12.0 + 2.0 * held(paper)) * len(symptoms) + sum(rarity[t] * document[t] for t in words)
         if paper["id"] == query.strip().lower().replace("_", "-"):
             score += 100.0
         if score:
@@ -129,13 +139,19 @@ def search(query: str, found: Iterable[Entry] | None = None) -> list[Entry]:
     return sorted(hits, key=lambda hit: (-hit["score"], hit["id"]))
 
 
-def lazy_room(name: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` (PEP 562) for the room package `name`: a part is imported when it is first used."""
+def lazy_room(
+    name: str, engine: Mapping[str, str] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` (PEP 562) for the room package `name`: a part is imported when it is first used.
+
+    `engine` gives the modules of what the room offers besides its papers' parts.
+    """
     room = name.rpartition(".")[2]
 
     @functools.cache
     def where() -> dict[str, str]:
-        return {p["name"]: paper["module"] for paper in entries() if paper["room"] == room for p in paper["parts"]}
+        papers = [paper for paper in entries() if paper["room"] == room]
+        return {p["name"]: paper["module"] for paper in papers for p in paper["parts"]} | dict(engine or {})
 
     def get(attribute: str) -> Any:
         if attribute.startswith("__") or attribute not in where():

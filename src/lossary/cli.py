@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from lossary.compare.problem import Problem
+    from lossary.compare.profile import Profile
     from lossary.compare.result import Comparison
     from lossary.roles import Result
 
@@ -29,6 +31,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
+SOURCE = (
+    "A CSV, TSV, Parquet, Arrow or .npz file, a folder with a sub-folder of images for each class, a saved Hugging "
+    "Face dataset, or the name of a bundled set such as digits."
+)
+TARGET = "Column to predict, or columns of 0 and 1 with commas between; a bundled set has one of its own."
+TASK = "classes, ordinal, multilabel or real; inferred unless given."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 MARKS = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
 
@@ -54,15 +62,27 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command(epilog="Example: lossary compare my.csv --target y --budget 5m")
 def compare(
-    source: Annotated[str, typer.Argument(help="A CSV or TSV file, or the name of a bundled set such as digits.")],
-    target: Annotated[str | None, typer.Option(help="Column to predict; a bundled set has one of its own.")] = None,
-    task: Annotated[str | None, typer.Option(help="classes or real; inferred unless given.")] = None,
+    source: Annotated[str, typer.Argument(help=SOURCE)],
+    target: Annotated[str | None, typer.Option(help=TARGET)] = None,
+    task: Annotated[str | None, typer.Option(help=TASK)] = None,
     group: Annotated[str | None, typer.Option(help="Column whose equal values no split may part.")] = None,
+    time: Annotated[str | None, typer.Option(help="Column of times: models are tested on what is later.")] = None,
+    sample_weight: Annotated[str | None, typer.Option(help="Column that says how much each row counts.")] = None,
+    id: Annotated[str | None, typer.Option(help="Column that names each row; no feature.")] = None,
     drop: Annotated[list[str] | None, typer.Option(help="Column to leave out; may be repeated.")] = None,
+    embeddings: Annotated[Path | None, typer.Option(help="An .npy file with a row of numbers for each row.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows to confirm on, instead of a quarter of these.")] = None,
     arms: Annotated[str | None, typer.Option(help="Only these parts, papers or conventional arms: a,b,c.")] = None,
-    metric: Annotated[str | None, typer.Option(help="What decides: accuracy, AUROC, log-loss, MAE, ...")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Conventional arm to beat. [default: the best one]")] = None,
+    model: Annotated[str | None, typer.Option(help="A network of your own: package.module:builder.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What decides: accuracy, AUROC, MAE, ..., or your own package.module:function.")
+    ] = None,
+    cost_matrix: Annotated[Path | None, typer.Option(help="Table of costs, true class by decision: decides.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Table of another model's predictions by --id.")] = None,
     seeds: Annotated[int, typer.Option(help="Of each network in each cell.")] = 5,
     budget: Annotated[str | None, typer.Option(help="Time to stay within: 90s, 5m, 1h30m.")] = None,
+    device: Annotated[str, typer.Option(help="Where networks are trained: cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for the results. [default: lossary-out/NAME]")] = None,
     only_estimate: Annotated[bool, typer.Option("--estimate", help="Only tell how long it would take.")] = False,
     as_json: AsJson = False,
@@ -74,8 +94,13 @@ def compare(
     """
     limit = None if budget is None else _seconds(budget)
     folder = out or Path("lossary-out") / Path(source).stem
-    options: dict[str, Any] = {"target": target, "task": task, "group": group, "drop": drop or (), "metric": metric}
-    options |= {"arms": [name.strip() for name in (arms or "").split(",") if name.strip()], "seeds": seeds}
+    options: dict[str, Any] = {
+        "target": target, "task": task, "group": group, "time": time, "sample_weight": sample_weight, "id": id,
+        "drop": drop or (), "embeddings": embeddings and str(embeddings), "test": test and str(test),
+        "arms": [name.strip() for name in (arms or "").split(",") if name.strip()], "baseline": baseline,
+        "model": model, "metric": metric, "cost_matrix": cost_matrix and str(cost_matrix),
+        "predictions": predictions and str(predictions), "seeds": seeds, "device": device,
+    }  # fmt: skip
     try:
         with _counted("reading and profiling") as progress:
             try:
@@ -99,6 +124,83 @@ def compare(
         print(to_json(found))
     else:
         _print_comparison(found, folder)
+
+
+@app.command(epilog="Example: lossary profile my.csv --target y --out my-profile")
+def profile(
+    source: Annotated[str, typer.Argument(help=SOURCE)],
+    target: Annotated[str | None, typer.Option(help=TARGET)] = None,
+    task: Annotated[str | None, typer.Option(help=TASK)] = None,
+    group: Annotated[str | None, typer.Option(help="Column of groups, whose errors are compared.")] = None,
+    time: Annotated[str | None, typer.Option(help="Column of times: early and late rows are compared.")] = None,
+    test: Annotated[str | None, typer.Option(help="File of rows to come: their columns are compared.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Column to leave out; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the page, its record and its pictures.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what is wrong with the data, each finding with its uncertainty and what it means for the choice.
+
+    The rows that `compare` would lock for its confirmation stay unseen.
+    """
+    try:
+        with _counted("reading") as progress:
+            try:
+                from lossary.compare import profile_page
+                from lossary.compare.load import load
+                from lossary.compare.problem import lock
+                from lossary.compare.profile import profile as measure
+                from lossary.compare.run import check_folder
+            except ModuleNotFoundError as error:
+                raise BadInput(f"profile: {error.name} is not installed; pip install 'lossary[compare]'") from None
+            if out is not None and not (out / profile_page.PAGE).exists():
+                check_folder(out)
+            problem = load(source, target=target, task=task, group=group, time=time, test=test, drop=drop or ())
+            found = measure(problem, lock(problem)[0], progress=progress)
+    except KeyboardInterrupt:
+        print("lossary: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if out is not None:
+        profile_page.write(problem, found, out)
+    if as_json:
+        print(profile_page.to_json(problem, found))
+    else:
+        _print_profile(problem, found, out)
+
+
+@app.command(epilog="Example: lossary predict lossary-out/my new.csv --with-sets --out predicted.csv")
+def predict(
+    model: Annotated[Path, typer.Argument(help="Folder of a comparison, or the winner.joblib in it; only your own.")],
+    source: Annotated[str, typer.Argument(help="Rows to predict, in any form that compare takes.")],
+    with_sets: Annotated[
+        bool, typer.Option("--with-sets", help="Also sets or intervals, and how unusual each row is.")
+    ] = False,
+    alpha: Annotated[float, typer.Option(help="Share of rows whose set or interval may miss.")] = 0.1,
+    out: Annotated[Path | None, typer.Option(help="CSV file for the predictions. [default: print them]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Apply the winner of a comparison to new rows."""
+    if not 0 < alpha < 1:
+        raise BadInput(f"--alpha: expected a number between 0 and 1, got {alpha:g}")
+    try:
+        from lossary.compare import model as saved
+        from lossary.compare.load import rows_of
+    except ModuleNotFoundError as error:
+        raise BadInput(f"predict: {error.name} is not installed; pip install 'lossary[compare]'") from None
+    winner = saved.read(model)
+    features, notes = saved.columns_of(winner, rows_of(source), repr(source))
+    for note in notes:
+        print(note, file=sys.stderr)
+    found = winner.predict(features, with_sets=with_sets, alpha=alpha)
+    if out is not None:
+        try:
+            found.to_csv(out, index=False)
+        except OSError as error:
+            raise BadInput(f"--out: cannot write {str(out)!r} ({error.strerror}); name another file") from None
+        print(f"{len(found):,} rows predicted by {winner.name}: {out}")
+    elif as_json:
+        _print_json(found.to_dict("records"))
+    else:
+        print(found.to_csv(index=False), end="")
 
 
 @app.command(epilog='Example: lossary find "noisy labels, few positives"')
@@ -425,7 +527,37 @@ def _print_comparison(found: "Comparison", folder: Path) -> None:
     out.print(f"\n[bold]{escape(found.sentence)}[/]")
     if found.own:
         out.print(escape(found.own))
+    if found.brought:
+        out.print(escape(found.brought["sentence"]))
+    out.print(f"[dim]The winner on other rows: lossary predict {escape(str(folder))} FILE --with-sets[/]")
     out.print(f"[dim]{len(found.skipped)} parts were skipped; the reasons and all else: {folder / 'report.html'}[/]")
+
+
+def _print_profile(problem: "Problem", found: "Profile", folder: Path | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from lossary.compare.profile_page import ordered, sentence
+    from lossary.compare.report import quantity
+
+    out = _console()
+    for note in (*problem.notes, *found.notes):
+        out.print(f"[dim]{escape(note)}[/]")
+    out.print(f"{escape(problem.name)}: {found.num_samples:,} of {len(problem):,} rows looked at.\n")
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 1, 0))
+    table.add_column("finding", ratio=2)
+    table.add_column("what it means", ratio=3)
+    for finding in ordered(found):
+        value, low, high = (quantity(number, finding) for number in (finding.value, finding.low, finding.high))
+        p = "" if finding.p_holm is None else f", p {finding.p_holm:.2g}"
+        title = f"[bold yellow]{escape(finding.title)}: found[/]" if finding.raised else escape(finding.title)
+        unit = finding.unit.removeprefix("share ")
+        table.add_row(f"{title}\n{value} {unit}\n[dim]{low} to {high}{p}[/]", escape(finding.means))
+    out.print(table)
+    out.print(f"[bold]{escape(sentence(found))}[/]")
+    out.print("[dim]Intervals are 95%, each by itself; p by Holm over all findings.[/]")
+    if folder is not None:
+        out.print(f"[dim]How each was measured, with pictures: {escape(str(folder / 'profile.html'))}[/]")
 
 
 def _print_json(value: Any) -> None:

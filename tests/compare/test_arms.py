@@ -15,7 +15,7 @@ from lossary.compare.training import Fold, predict
 from lossary.errors import BadInput
 from lossary.tasks import Seeds
 
-NETWORK = {"hidden": [8], "activation": "relu", "steps": 10, "batch": 32}
+NETWORK = {"model": "mlp", "hidden": [8], "activation": "relu", "steps": 10, "batch": 32}
 
 
 def problem(task: str = "classes", group: bool = False) -> Problem:
@@ -45,7 +45,8 @@ def chosen(
         network=NETWORK,
         names=names,
     )
-    return {arm.part or arm.name: arm for arm in found}, dict(skipped)
+    tried = {arm.part or arm.name: arm for arm in found if not arm.name.endswith("on boosting")}
+    return tried, dict(skipped)
 
 
 def test_a_part_is_tried_for_what_the_profile_found():
@@ -68,7 +69,7 @@ def test_a_part_that_cannot_serve_says_why():
     _, skipped = chosen("class-imbalance")
     assert skipped["weighting.GroupDRO"] == "needs num_groups (distinct groups), which this data does not have"
     _, skipped = chosen("class-imbalance", task="real", metric="RMSE")
-    assert skipped["losses.poly1_cross_entropy"] == "is for a target of classes, this one is of real"
+    assert skipped["losses.poly1_cross_entropy"] == "is for a target of classes, this one is of numbers"
     tried, _ = chosen(group=True)
     assert "groups were named" in tried["weighting.GroupDRO"].reason
 
@@ -84,9 +85,9 @@ def test_every_arm_has_the_same_number_of_configurations():
 def test_a_part_crosses_rates_with_its_own_grid():
     tried, _ = chosen(names=["poly1_cross_entropy"])
     settings = tried["losses.poly1_cross_entropy"].settings
-    crossed = {((s["lr"], s["weight_decay"]), s["hyper"]["epsilon"]) for s in settings}
+    crossed = {((s["lr"], s["weight_decay"]), s["parts"][0]["hyper"]["epsilon"]) for s in settings}
     assert crossed == {(rate, epsilon) for rate in RATES[:2] for epsilon in (-1.0, 2.0, 5.0)}
-    assert all(s["class_weight"] is None and s["part"] == "losses.poly1_cross_entropy" for s in settings)
+    assert all(s["class_weight"] is None and s["parts"][0]["part"] == "losses.poly1_cross_entropy" for s in settings)
 
 
 def test_conventional_arms_meet_what_was_found():
@@ -111,7 +112,7 @@ def test_class_weights_go_with_a_metric_that_counts_classes_alike():
     # A paper that is itself for imbalance is tried with and without, at every rate and every value.
     tried, _ = chosen("class-imbalance", metric="balanced accuracy", settings=8, names=["polyloss"])
     settings = tried["losses.poly1_cross_entropy"].settings
-    for key in ("lr", "hyper"):
+    for key in ("lr", "parts"):
         for value in [setting[key] for setting in settings]:
             assert {setting["class_weight"] for setting in settings if setting[key] == value} == {None, "balanced"}
     assert (
@@ -157,7 +158,7 @@ def test_the_best_fitting_parts_are_kept(monkeypatch):
     fitting = ({**entry, "helps": ["class-imbalance"], "parts": [part]}, part)
     monkeypatch.setattr(arms, "_candidates", lambda: [*general, fitting])
     found, skipped = choose(problem(), profile("class-imbalance"), named("accuracy"), settings=2, network=NETWORK)
-    parts = [arm.paper for arm in found if arm.part]
+    parts = [arm.paper for arm in found if arm.part and arm.family == "network"]
     assert parts[0] == "polyloss"
     assert len(parts) == MOST_PARTS
     assert len(skipped) == 1
@@ -185,7 +186,7 @@ def test_of_equal_matches_those_whose_claims_held_come_first(monkeypatch):
     ]
     monkeypatch.setattr(arms, "_candidates", lambda: [(p, part) for p in papers])
     found, _ = choose(problem(), profile("class-imbalance"), named("accuracy"), settings=2, network=NETWORK)
-    assert [arm.paper for arm in found if arm.part] == ["both", "half", "new", "exact only"]
+    assert [arm.paper for arm in found if arm.part and arm.family == "network"] == ["both", "half", "new", "exact only"]
 
 
 def test_a_real_loss_fits_a_real_target(monkeypatch):
@@ -197,6 +198,46 @@ def test_a_real_loss_fits_a_real_target(monkeypatch):
     )
     assert [s["error"] for s in found[-1].settings] == ["squared", "squared"]
     assert "for heavy tails" in found[-1].reason
+
+
+def test_the_first_losses_and_weightings_go_into_boosting_too():
+    found, _ = choose(problem(), profile("class-imbalance"), named("accuracy"), settings=4, network=NETWORK)
+    boosted = [arm for arm in found if arm.part and arm.family == "boosting"]
+    networks = [arm for arm in found if arm.part and arm.family == "network" and arm.role in ("loss", "weighting")]
+    assert len(boosted) == arms.MOST_BOOSTED
+    assert {arm.part for arm in boosted} <= {arm.part for arm in networks}
+    plain = next(arm for arm in found if arm.name == "gradient boosting")
+    for arm in boosted:
+        assert arm.name.endswith(" on boosting")
+        assert len(arm.settings) == 4
+        assert set(arm.settings[0]) == set(plain.settings[0]) | {"parts"}
+    tried, _ = choose(
+        problem(), profile(), named("accuracy"), settings=4, network=NETWORK, names=["linear", "polyloss"]
+    )
+    assert {arm.family for arm in tried} == {"linear", "network"}  # boosting was not asked for
+
+
+def test_labels_and_levels_have_arms_of_their_own():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.normal(size=(60, 3)))
+    labels = Problem("made", "", table, rng.integers(0, 2, (60, 4)), "y", "multilabel", tuple("abcd"))
+    known = replace(profile("class-imbalance"), num_classes=4, class_counts=(30, 30, 30, 30))
+    found, skipped = choose(labels, known, named("mAP"), settings=2, network=NETWORK)
+    parts = {arm.part for arm in found if arm.part}
+    assert "losses.asymmetric_loss" in parts or "weighting.distribution_balanced_loss" in parts
+    assert dict(skipped)["losses.poly1_cross_entropy"] == "is for a target of classes, this one is of several labels"
+    assert all(arm.family == "network" for arm in found if arm.part)
+    levels = Problem("made", "", table, rng.integers(0, 3, 60), "y", "ordinal", tuple("abc"))
+    known = replace(known, num_classes=3, class_counts=(20, 20, 20))
+    found, _ = choose(levels, known, named("level error"), settings=2, network=NETWORK)
+    assert any(arm.part for arm in found)
+
+
+def test_pictures_have_no_trees():
+    table = pd.DataFrame(np.zeros((60, 16), dtype=np.float32))
+    pictures = Problem("made", "", table, np.arange(60) % 2, "y", "classes", ("a", "b"), shape=(1, 4, 4))
+    found, _ = choose(pictures, profile(), named("accuracy"), settings=2, network={"model": "cnn"})
+    assert {arm.family for arm in found} == {"linear", "network"}
 
 
 PARTS = [f"{paper['room']}.{part['name']}" for paper, part in arms._candidates()]
@@ -218,16 +259,12 @@ def test_every_part_that_can_serve_trains_on_what_the_profile_knows(name):
     assert name not in NEEDS_MORE
     hyper = {key: values[0] for key, values in (part["options"].get("tune") or {}).items()}
     usual = {"family": "network", "class_weight": None, "optimizer": "AdamW", "lr": 0.01, "weight_decay": 0.01}
-    setting = {**usual, **NETWORK, "part": name, "role": part["role"], "hyper": hyper}
+    setting = {**usual, **NETWORK, "parts": [{"part": name, "role": part["role"], "hyper": hyper}]}
     predicted, parameters = predict(setting, fold, Seeds((0, 1)))
     assert predicted.shape == (2, 7, 3)
     assert np.exp(predicted).sum(-1) == pytest.approx(np.ones((2, 7)), abs=1e-5)
     assert parameters > 0
 
 
-# What a table does not have: a perturbed copy of every input, each row's position in a loss, embeddings.
-NEEDS_MORE = {
-    "losses.smooth_adversarial_comp_sum_loss",
-    "losses.ALDRKLLoss",
-    "weighting.ClusterSensitivitySampler",
-}
+# What a table does not have: a perturbed copy of every input, embeddings.
+NEEDS_MORE = {"losses.smooth_adversarial_comp_sum_loss", "weighting.ClusterSensitivitySampler"}

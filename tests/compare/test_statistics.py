@@ -8,18 +8,27 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from sklearn.metrics import f1_score, r2_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    cohen_kappa_score,
+    f1_score,
+    hamming_loss,
+    log_loss,
+    r2_score,
+    roc_auc_score,
+)
 
 from lossary.compare import run
 from lossary.compare.arms import Arm
 from lossary.compare.cells import HELD_OUT, Job, Outcome, Protocol
 from lossary.compare.confirm import answer
-from lossary.compare.metrics import METRICS, by_rule, named
+from lossary.compare.metrics import METRICS, by_rule, cost, fitting, named
 from lossary.compare.problem import Problem, lock
 from lossary.compare.profile import Finding, Profile
 from lossary.compare.result import Confirmation, Interval
 from lossary.compare.search import search
 from lossary.compare.statistics import Estimate, holm, over_cells, over_rows, too_few
+from lossary.errors import BadInput
 
 ACCURACY, BALANCED, LOG_LOSS = named("accuracy"), named("balanced accuracy"), named("log-loss")
 
@@ -109,18 +118,28 @@ def test_metrics_agree_with_scikit_learn(metric):
     logits = rng.normal(size=(200, 3)) + np.eye(3)[target]
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     predicted, values = log_p.argmax(1), target + rng.normal(size=200)
+    levels, labels = np.array([np.searchsorted(p.cumsum(), 0.5) for p in np.exp(log_p)]), np.eye(3, dtype=int)[target]
+    labels[:40, 0] = 1  # of which several hold
+    logits = logits.round(1)  # with ties
     expected = {
         "accuracy": 100 * np.mean(predicted == target),
         "balanced accuracy": 100 * np.mean([(predicted[target == k] == k).mean() for k in range(3)]),
         "log-loss": -np.mean(log_p[np.arange(200), target]),
         "AUROC": 100 * roc_auc_score(target, np.exp(log_p), multi_class="ovr"),
         "macro F1": 100 * f1_score(target, predicted, average="macro"),
+        "level error": np.abs((np.exp(log_p) @ np.tri(3).T < 0.5).sum(1) - target).mean(),
+        "quadratic kappa": 100 * cohen_kappa_score(target, levels, weights="quadratic"),
+        "mAP": 100 * average_precision_score(labels, logits, average="macro"),
+        "label F1": 100 * f1_score(labels, logits > 0, average="macro"),
+        "label accuracy": 100 - 100 * hamming_loss(labels, logits > 0),
+        "label log-loss": np.mean([log_loss(labels[:, k], 1 / (1 + np.exp(-logits[:, k]))) for k in range(3)]),
         "MAE": np.mean(np.abs(values - target)),
         "RMSE": np.sqrt(np.mean((values - target) ** 2)),
         "R2": r2_score(target, values),
     }[metric.name]
-    prediction = log_p if metric.task == "classes" else values
-    assert metric.score(prediction[None], target)[0] == pytest.approx(expected)
+    prediction = {"classes": log_p, "ordinal": log_p, "multilabel": logits, "real": values}[metric.tasks[0]]
+    truth = labels if metric.tasks == ("multilabel",) else target
+    assert metric.score(prediction[None], truth)[0] == pytest.approx(expected)
 
 
 def test_a_class_that_does_not_occur_is_left_out():
@@ -140,26 +159,76 @@ def test_weights_are_copies():
     target, times = rng.integers(0, 3, 50), rng.integers(0, 4, 50)
     log_p = np.log(rng.dirichlet(np.ones(3), 50))
     real, values = rng.normal(size=50), rng.normal(size=50)
+    labels = rng.integers(0, 2, (50, 3))
+    data = {
+        "classes": (log_p, target),
+        "ordinal": (log_p, target),
+        "multilabel": (log_p, labels),
+        "real": (values, real),
+    }
     for metric in METRICS:
-        if metric.weighted:
-            prediction, truth = (log_p, target) if metric.task == "classes" else (values, real)
-            weighted = metric.weighted(prediction, truth, times[None].astype(float))[0]
-            copied = metric.score(prediction.repeat(times, axis=0)[None], truth.repeat(times))[0]
-            assert weighted == pytest.approx(copied), metric.name
+        prediction, truth = data[metric.tasks[0]]
+        weighted = metric.score(prediction[None], truth, times.astype(float))[0]
+        copied = metric.score(prediction.repeat(times, axis=0)[None], truth.repeat(times, axis=0))[0]
+        assert weighted == pytest.approx(copied), metric.name
+
+
+def test_costs_decide_what_is_decided():
+    # A third for each of three classes; deciding 1 costs 2 on average, the others 5 and 4.
+    costs = np.array([[0.0, 3.0, 6.0], [9.0, 0.0, 6.0], [6.0, 3.0, 0.0]])
+    even = np.log(np.full((1, 3, 3), 1 / 3))
+    assert cost(costs).score(even, np.array([0, 1, 2]))[0] == pytest.approx(2)
+    assert cost(costs).detail != cost(costs + 1).detail
+    accuracy = cost(1 - np.eye(3))
+    guess = chosen([[0, 1, 2, 1]], 3)
+    assert accuracy.score(guess, np.array([0, 1, 1, 1]))[0] == pytest.approx(0.25)
+
+
+def test_a_function_of_the_users(tmp_path, monkeypatch):
+    (tmp_path / "own_metrics.py").write_text(
+        "from sklearn.metrics import f1_score, roc_auc_score\n"
+        "def recall_score(true, said): return (said[true == 1] == 1).mean()\n"
+        "def odd(true, said): return 0.0\n"
+        "def lone_score(true): return 0.0\n"
+        "def broken_loss(true, said): return 1 / 0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    target, p = rng.integers(0, 2, 80), rng.dirichlet([1, 1], (2, 80))
+    recall, area = fitting("own_metrics:recall_score", "classes", 2), fitting("own_metrics:roc_auc_score", "classes", 2)
+    assert (recall.name, recall.better) == ("recall_score", "higher")
+    assert recall.score(np.log(p), target) == pytest.approx((p[:, target == 1, 1] > 0.5).mean(1))
+    assert 100 * area.score(np.log(p), target) == pytest.approx(named("AUROC").score(np.log(p), target))
+    found = over_rows(recall, np.log(p), np.log(p[::-1]), target, np.arange(80), rng)
+    assert found.difference == pytest.approx(0)
+    assert found.error > 0
+    for name, words in (
+        ("own_metrics:odd", "End its name in _score"),
+        ("own_metrics:missing_score", "cannot import"),
+        ("nowhere:a_score", "cannot import"),
+        ("own_metrics:lone_score", "expected .true, predicted"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            fitting(name, "classes", 2)
+    with pytest.raises(BadInput, match="raised ZeroDivisionError"):
+        fitting("own_metrics:broken_loss", "classes", 2).score(np.log(p), target)
+    with pytest.raises(BadInput, match="--sample-weight"):
+        recall.score(np.log(p), target, np.full(80, 0.5))
 
 
 @pytest.mark.parametrize(
-    ("target", "classes", "words"),
+    ("target", "task", "classes", "words"),
     [
-        (np.zeros(99), 0, "only 99 rows"),
-        (np.repeat([0, 1], (200, 9)), 2, "rarest class has only 9"),
-        (np.repeat([0, 1], (200, 10)), 2, ""),
-        (np.repeat([0, 1], (100, 100)), 3, "rarest class has only 0"),
+        (np.zeros(99), "real", "", "only 99 rows"),
+        (np.repeat([0, 1], (200, 9)), "classes", "ab", "rarest class, 'b', has only 9"),
+        (np.repeat([0, 1], (200, 10)), "classes", "ab", ""),
+        (np.repeat([0, 1], (100, 100)), "ordinal", "abc", "rarest level, 'c', has only 0"),
+        (np.repeat([[1, 0], [1, 1]], (200, 9), axis=0), "multilabel", "ab", "rarest label, 'b', has only 9"),
     ],
 )
-def test_too_few_locked_rows(target, classes, words):
-    found = too_few(target, classes)
-    assert found.startswith(words) or words in found
+def test_too_few_locked_rows(target, task, classes, words):
+    found = too_few(target, task, classes)
+    assert words in found
     assert bool(found) == bool(words)
 
 
@@ -169,6 +238,8 @@ def test_too_few_locked_rows(target, classes, words):
         ("classes", (), "accuracy"),
         ("classes", ("label-noise",), "accuracy"),
         ("classes", ("class-imbalance",), "balanced accuracy"),
+        ("ordinal", ("class-imbalance",), "level error"),
+        ("multilabel", (), "mAP"),
         ("real", (), "RMSE"),
         ("real", ("heavy-tails",), "MAE"),
     ],
@@ -231,15 +302,19 @@ def simulated(seed: int, protocol: Protocol, gain: float) -> run.Plan:
     problem = Problem("simulated", "", pd.DataFrame(x), y, "y", "classes", ("no", "yes"))
     rows, locked = lock(problem, seed=seed)
     names = [f"part {i}" for i in range(4)] + ["plain", "other"]
+    made = [("losses.poly1_cross_entropy", "loss"), ("optim.SAM", "optimizer")] * 2  # some of which can be combined
+    parts_of = [[{"part": part, "role": role, "hyper": {}}] for part, role in made] + [[], []]
+    tries = range(protocol.settings)
     arms = tuple(
         Arm(
             name,
             "network",
             "",
-            tuple({"family": "network", "class_weight": None, "try": i} for i in range(protocol.settings)),
-            part=None if name in ("plain", "other") else "losses.poly1_cross_entropy",
+            tuple({"family": "network", "try": i, "lr": 1.0, "weight_decay": 0.0, "parts": part} for i in tries),
+            part=part[0]["part"] if part else None,
+            role=part[0]["role"] if part else "",
         )
-        for name in names
+        for name, part in zip(names, parts_of)
     )
     inputs = np.column_stack([x, np.ones(440)])
 
@@ -253,9 +328,9 @@ def simulated(seed: int, protocol: Protocol, gain: float) -> run.Plan:
             number = HELD_OUT if job.kind == "tune" else protocol.folds
             part = parts(job.kind, job.partition, number)
             train, test = rows[part != job.fold], rows[part == job.fold]
-        own = np.random.default_rng((seed, zlib.crc32(repr((job.arm, job.setting["try"], job.seeds)).encode())))
+        own = np.random.default_rng((seed, zlib.crc32(repr((job.arm, job.setting, job.seeds)).encode())))
         weight = own.normal(size=(len(job.seeds), 5, 3))
-        if job.arm == "part 0":
+        if "part 0" in job.arm:
             weight[:, :3, :2] += gain * np.array([[1.0, -1.0], [-1.0, 1.0], [0.5, -0.5]])
         hidden = np.maximum(inputs @ weight, 0)
         a, b = hidden[:, train], 2.0 * y[train] - 1
@@ -263,7 +338,7 @@ def simulated(seed: int, protocol: Protocol, gain: float) -> run.Plan:
         margin = np.einsum("snk,sk->sn", hidden[:, test], solved)
         predictions = np.stack([-margin, margin], -1)
         scores = ACCURACY.score(predictions, y[test])
-        return Outcome(tuple(scores), 0.0, 0, "", predictions if job.kind == "confirm" else None)
+        return Outcome(tuple(scores), predictions=predictions if job.kind == "confirm" else None)
 
     cache: dict[object, np.ndarray] = {}
 
@@ -274,7 +349,7 @@ def simulated(seed: int, protocol: Protocol, gain: float) -> run.Plan:
             cache[key] = order % number
         return cache[key]
 
-    bench = SimpleNamespace(facts=dict)
+    bench = SimpleNamespace(facts=dict, ratio=1 / (protocol.folds - 1))
     work = SimpleNamespace(finish=finish, expect=forget, bench=bench)
     profile = Profile(len(rows), 4, 2, (), None, 0.0, (), ())
     return run.Plan(problem, rows, locked, profile, ACCURACY, "", protocol, arms, (), work)
@@ -287,7 +362,7 @@ def claims_that_a_part_helps(count: int, protocol: Protocol, gain: float = 0.0) 
         plan = simulated(seed, protocol, gain)
         found = search(plan.arms, protocol, plan.metric, plan.work.finish)
         results = run._results(plan, found)
-        confirmation, _ = run._confirm(plan, found, results)
+        confirmation, _, _ = run._confirm(plan, found, results)
         assert not confirmation.exploratory
         claims += " raised accuracy by " in run.answer(confirmation, plan.metric)
     return claims
@@ -297,7 +372,7 @@ SHORT = Protocol(partitions=2, folds=3, seeds=2, confirm_seeds=20, settings=1, t
 
 
 def test_a_dropped_arm_counts_as_p_1():
-    plan = simulated(0, replace(SHORT, settings=2), 3.0)
+    plan = simulated(0, replace(SHORT, partitions=4, settings=2), 3.0)
     found = search(plan.arms, plan.protocol, plan.metric, plan.work.finish)
     p = {arm.name: arm.p_holm for arm in run._results(plan, found)}
     found.dropped["part 0"] = "hopeless, let us say"

@@ -20,21 +20,33 @@ from lossary.compare.encode import Encoder
 from lossary.compare.load import load
 from lossary.compare.metrics import named
 from lossary.compare.problem import lock
-from lossary.compare.result import Comparison, Interval
+from lossary.compare.result import Comparison, Interval, winning
 from lossary.compare.training import Fold, predict
 from lossary.errors import BadInput
 from lossary.roles import loss
 from lossary.tasks import Seeds
 from tests.compare.test_report import arm, sample
 
-NETWORK = {"hidden": [12], "activation": "relu", "steps": 25, "batch": 32, "optimizer": "AdamW", "lr": 1e-2}
+NETWORK = {
+    "model": "mlp",
+    "hidden": [12],
+    "activation": "relu",
+    "steps": 25,
+    "batch": 32,
+    "optimizer": "AdamW",
+    "lr": 1e-2,
+}
 CLASSES = {"family": "network", "class_weight": None, **NETWORK, "weight_decay": 1e-2}
 REAL = {"family": "network", "error": "squared", **NETWORK, "weight_decay": 1.0}
-TREES = {"family": "boosting", "learning_rate": 0.1, "max_leaf_nodes": 4, "max_iter": 10, "random_state": 0}
+TREES = {"family": "boosting", "learning_rate": 0.1, "num_leaves": 4, "n_estimators": 10}
 
 
 def part(name: str, role: str, **hyper: object) -> dict[str, object]:
-    return {**CLASSES, "class_weight": "balanced", "part": name, "role": role, "hyper": hyper}
+    return {**CLASSES, "class_weight": "balanced", "parts": [{"part": name, "role": role, "hyper": hyper}]}
+
+
+def stack(*settings: dict[str, object]) -> dict[str, object]:
+    return {**settings[0], "parts": [entry for setting in settings for entry in setting["parts"]]}
 
 
 # name -> (data, metric, setting)
@@ -45,6 +57,17 @@ CASES = {
     "optimizer": ("wine", "log-loss", part("optim.SAM", "optimizer", rho=0.05)),
     "weighting": ("csv", "log-loss", part("weighting.GroupDRO", "weighting", step_size=0.1)),
     "procedure": ("wine", "AUROC", part("weighting.CompressedCoTeaching", "procedure", sigma=3.0)),
+    "stack": (
+        "wine",
+        "log-loss",
+        stack(
+            part("weighting.DynamicLossGate", "weighting"),
+            part("losses.poly1_cross_entropy", "loss", epsilon=1.0),
+            part("weighting.InfoBatch", "selector", ratio=0.5),
+            part("optim.SAM", "optimizer", rho=0.05),
+        ),
+    ),
+    "index": ("wine", "log-loss", part("losses.ALDRKLLoss", "loss", alpha=4.0)),
     "boosting": ("breast-cancer", "AUROC", {**TREES, "class_weight": "balanced"}),
     "linear": ("digits", "macro F1", {"family": "linear", "class_weight": None, "C": 0.1}),
     "text": ("german-credit", "balanced accuracy", {"family": "linear", "class_weight": "balanced", "C": 1.0}),
@@ -191,15 +214,15 @@ def test_which_arm_wins():
     c = sample()
     confirmed, first = c.confirmation, c.arms[0].name
     swapped = replace(c, arms=(c.arms[1], c.arms[0], *c.arms[2:]))
-    assert winner.winner(swapped).name == first == confirmed.finalist
+    assert winning(swapped).name == first == confirmed.finalist
     open_ = replace(swapped, confirmation=replace(confirmed, effect=Interval(0.1, -1.0, 1.2)))
-    assert winner.winner(open_).name == c.arms[1].name
+    assert winning(open_).name == c.arms[1].name
     worse = replace(swapped, confirmation=replace(confirmed, effect=Interval(-2.0, -3.0, -1.0)))
-    assert winner.winner(worse).name == "gradient boosting"
+    assert winning(worse).name == "gradient boosting"
     few = replace(swapped, confirmation=replace(confirmed, exploratory="few rows"))
-    assert winner.winner(few).name == c.arms[1].name
+    assert winning(few).name == c.arms[1].name
     dropped = replace(c, arms=(c.arms[-1], *c.arms[1:]), confirmation=None)
-    assert winner.winner(dropped).name == c.arms[1].name
+    assert winning(dropped).name == c.arms[1].name
 
 
 def test_refuses_a_folder_that_cannot_be_written(tmp_path):

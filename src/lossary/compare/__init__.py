@@ -9,8 +9,8 @@ models and the parts of the catalogue that fit are tuned alike and scored on the
 the best conventional arm once, on the locked rows; the final sentence says what that one interval says, and no more.
 
 The files in the order in which they work: `load`, `problem`, `profile`, `metrics`, `arms`, `search` (which finishes
-`cells` by `encode` and `training`, and keeps them in `store`), `statistics`, `confirm`, `result`, `winner`, `report`;
-`run` calls them.
+`cells` by `encode`, `training` and `boosting`, and keeps them in `store`), `statistics`, `confirm`, `brought`,
+`result`, `model`, `winner`, `report`; `run` calls them.
 """
 
 from typing import Any

@@ -6,15 +6,17 @@ Workers load this file alone, so it imports what training takes and no more.
 import time
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lossary.compare.encode import Encoder
-from lossary.compare.metrics import Metric, named
-from lossary.compare.problem import Problem, folds
+from lossary.compare.metrics import Metric
+from lossary.compare.problem import Problem, splits
 from lossary.compare.training import Fold, predict
+from lossary.errors import BadInput
 from lossary.tasks import Seeds
 
 HELD_OUT = 4  # of so many parts of the search rows, each split for tuning holds out one
@@ -41,11 +43,12 @@ class Protocol:
     tune_seeds: int = 2
     steps: int | None = None
 
-    def network(self, rows: int) -> dict[str, Any]:
+    def network(self, rows: int, model: str = "mlp") -> dict[str, Any]:
         """What all networks have in common: about 20 passes over the rows, in 300 to 2,000 steps, unless told."""
         batch = 64
         steps = min(2000, max(300, 20 * rows // batch)) if self.steps is None else self.steps
-        return {"hidden": [64], "activation": "relu", "steps": steps, "batch": batch}
+        made: dict[str, Any] = {"hidden": [64], "activation": "relu"} if model == "mlp" else {}
+        return {"model": model, **made, "steps": steps, "batch": batch}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Outcome:
     scores: tuple[float, ...] = ()
     seconds: float = 0.0
     parameters: int = 0
+    memory: int = 0
     error: str = ""
     predictions: NDArray[Any] | None = None
 
@@ -88,47 +92,74 @@ class Bench:
         metric: Metric,
         protocol: Protocol,
         label_noise: float | None,
+        device: str = "cpu",
     ) -> None:
         self.problem, self.search, self.locked = problem, search, locked
-        self.metric, self.protocol, self.label_noise = metric.name, protocol, label_noise
+        self.metric, self.protocol, self.label_noise, self.device = metric, protocol, label_noise, device
         self._cached: tuple[tuple[Any, ...], Any] = ((), None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_cached": ((), None)}  # workers encode what they need
 
     def __call__(self, job: Job) -> Outcome:
-        fold, target = self._fold(job.kind, job.partition, job.fold)
+        fold, target, weight = self.fold(job.kind, job.partition, job.fold)
         import_module("torch._dynamo")  # which an optimizer's first step imports: a second that is not the arm's
-        start = time.process_time()
+        start, before = time.process_time(), _reset_peak()
         try:
-            predictions, parameters = predict(job.setting, fold, Seeds(job.seeds))
+            predictions, parameters = predict(job.setting, fold, Seeds(job.seeds), device=self.device)
+        except BadInput:  # the user's own code
+            raise
         except ValueError as error:  # a part that refuses this data or this hyper-parameter
             return Outcome(error=" ".join(str(error).split()))
         seconds = time.process_time() - start  # of this one thread, whatever else the machine does
-        scores = named(self.metric).score(predictions.astype(np.float64), target).tolist()
-        return Outcome(tuple(scores), seconds, parameters, "", predictions if job.kind == "confirm" else None)
+        memory = max(_memory("VmHWM") - before, 0) if before else 0
+        scores = self.metric.score(predictions.astype(np.float64), target, weight).tolist()
+        kept = predictions if job.kind == "confirm" else None
+        return Outcome(tuple(scores), seconds, parameters, memory, predictions=kept)
+
+    @property
+    def ratio(self) -> float:
+        """Rows of a test fold over rows of its training part, on average over the cells."""
+        parts = [self._splits("cell", partition) for partition in range(self.protocol.partitions)]
+        return float(np.mean([len(test) / len(train) for part in parts for train, test in part]))
 
     def facts(self) -> dict[str, Any]:
         """What fills a part's hyper-parameters when it is trained on all search rows."""
-        return self._fold("confirm", 0, 0)[0].facts()
+        return self.fold("confirm", 0, 0)[0].facts()
 
-    def _fold(self, kind: str, partition: int, number: int) -> tuple[Fold, NDArray[Any]]:
-        """The rows to train on and to predict, encoded, with the target of the latter; the latest is kept."""
+    def fold(self, kind: str, partition: int, number: int) -> tuple[Fold, NDArray[Any], NDArray[np.float64] | None]:
+        """The rows to train on and to predict, encoded, with target and weight of the latter; the latest is kept."""
         if self._cached[0] != (kind, partition, number):
             if kind == "confirm":
                 train, test = self.search, self.locked
             else:
-                part = self._parts(kind, partition)
-                train, test = self.search[part != number], self.search[part == number]
-            features, target = self.problem.features, self.problem.target
-            encoder = Encoder().fit(features.iloc[train])
-            group = None if self.problem.group is None else np.unique(self.problem.group[train], return_inverse=True)[1]
-            x, unseen = (encoder.transform(features.iloc[rows]) for rows in (train, test))
-            fold = Fold(x, target[train], unseen, len(self.problem.classes), group, self.label_noise)
-            self._cached = ((kind, partition, number), (fold, target[test]))
+                train, test = (self.search[rows] for rows in self._splits(kind, partition)[number])
+            seen, unseen = self.problem.rows(train), self.problem.rows(test)
+            encoder = Encoder().fit(seen.features)
+            fold = Fold(
+                encoder.transform(seen.features), seen.target, encoder.transform(unseen.features),
+                len(seen.classes), None if seen.group is None else np.unique(seen.group, return_inverse=True)[1],
+                self.label_noise, seen.task == "multilabel", seen.weight, seen.shape,
+            )  # fmt: skip
+            self._cached = ((kind, partition, number), (fold, unseen.target, unseen.weight))
         return self._cached[1]
 
-    def _parts(self, kind: str, partition: int) -> NDArray[np.int64]:
+    def _splits(self, kind: str, partition: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         number = HELD_OUT if kind == "tune" else self.protocol.folds
         rng = np.random.default_rng((int(kind == "tune"), partition))
-        return folds(self.problem.rows(self.search), number, rng)
+        return splits(self.problem.rows(self.search), number, rng)
+
+
+def _reset_peak() -> int:
+    """What this process holds in memory, which from now on is its peak; 0 where only Linux could tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 0
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> int:
+    """Bytes of this process, VmRSS now or VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))

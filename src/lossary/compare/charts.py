@@ -7,8 +7,10 @@ its size, so a phone gets a narrower chart, not a smaller one.
 Every interval is a line, every estimate a dot; published parts are blue, what is conventional is brown.
 """
 
+import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from statistics import median
@@ -42,6 +44,8 @@ DARK = {
 FONT = 'Inter, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 NARROW = 480  # pixels; below, the names of arms stand above their intervals instead of beside them
 FASTEST = 1e-3  # seconds; quicker fits are drawn as if they took this long
+LONGEST = 46  # letters in a line of an arm's name
+COSTS = {"seconds": "seconds per fit", "memory": "megabytes per fit", "parameters": "parameters"}
 
 
 def interval_plot(confirmation: Confirmation, unit: str, *, width: int = 640) -> alt.LayerChart:
@@ -73,10 +77,19 @@ def forest(
     The axis ends four widths of an interval below the middle arm, lest one that fails hide the others: what lies
     further below ends in an arrow.
     """
-    known = [arm.against_baseline for arm in arms if has_lead(arm)]
+    drawn = [arm for arm in arms if has_lead(arm)]
+    known = [arm.against_baseline for arm in drawn]
     edge = median(e.difference for e in known) - 4 * median(e.high - e.low for e in known)
-    rows = [
-        {
+    narrow, step = width < NARROW, 17
+    rows, words, bottom = [], [], 0
+    for arm, effect in zip(drawn, known, strict=True):
+        lines = wrapped(arm.name, LONGEST)
+        top, height = bottom, step * len(lines)
+        bottom += height + (30 if narrow else 12)
+        row = {"y": top + height + 10 if narrow else (top + bottom) / 2}
+        first = top + step / 2 if narrow else row["y"] - (len(lines) - 1) * step / 2
+        words += [{"line": line, "y": first + step * place} for place, line in enumerate(lines)]
+        row |= {
             "arm": arm.name,
             "lead": max(effect.difference, edge),
             "low": max(effect.low, edge),
@@ -87,12 +100,11 @@ def forest(
             "beyond": effect.low < edge,
             "shown": effect.difference >= edge,
         }
-        for arm in arms
-        if has_lead(arm) and (effect := arm.against_baseline)
-    ]
-    narrow = width < NARROW
+        rows.append(row)
     x = _x(_titled(f"lead over {baseline}", unit), [row[end] for row in rows for end in ("low", "high")])
-    base = alt.Chart(_rows(rows)).encode(alt.Y("arm:N", sort=None, title=None, axis=None if narrow else _names(330)))
+    y = alt.Y("y:Q", scale=alt.Scale(domain=[bottom, 0], nice=False), title=None)
+    y = y.axis(None if narrow else _lines(words, 330))
+    base = alt.Chart(_rows(rows)).encode(y)
     dot = base.transform_filter("datum.shown").mark_point(strokeWidth=2)
     arrow = base.transform_filter("datum.beyond").mark_point(shape="triangle-left", size=60, xOffset=2)
     layers = [
@@ -102,9 +114,9 @@ def forest(
         dot.encode(x("lead"), _given("colour"), _given("fill", alt.Fill), size=alt.Size("size:Q", scale=None)),
     ]
     if narrow:
-        above = base.mark_text(align="left", dy=-15, limit=width - 20, color=LIGHT["ink"], fontSize=13)
-        layers.append(above.encode(x=alt.value(0), text="arm:N"))
-    return _layers(*layers, width=width, height=(46 if narrow else 28) * len(rows) + 60)
+        above = alt.Chart(_rows(words)).mark_text(align="left", limit=width - 20, color=LIGHT["ink"], fontSize=13)
+        layers.append(above.encode(y, x=alt.value(0), text="line:N"))
+    return _layers(*layers, width=width, height=bottom + 60)
 
 
 def has_lead(arm: ArmResult) -> bool:
@@ -139,7 +151,12 @@ def cell_leads(arm: ArmResult, baseline: ArmResult, better: str) -> list[float]:
 
 
 def reliability(
-    curves: Mapping[str, Sequence[Mapping[str, float]]], *, finalist: str, classes: bool, width: int = 440
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    *,
+    finalist: str,
+    classes: bool,
+    labels: bool = False,
+    width: int = 440,
 ) -> alt.LayerChart:
     """What was predicted against what came, binned; on the diagonal, predictions can be taken at their word.
 
@@ -147,7 +164,8 @@ def reliability(
         curves: arm -> bins, each with `predicted` and `observed` (mean confidence and share right, 0 to 1, or mean
             prediction and mean target).
         finalist: the arm that is blue.
-        classes: whether these are confidences.
+        classes: whether these are probabilities.
+        labels: whether they are those of each label, not of the class that is predicted.
         width: in pixels.
     """
     rows = [
@@ -158,6 +176,7 @@ def reliability(
     values = [row[key] for row in rows for key in ("predicted", "observed")]
     ends = [min(0.9, math.floor(10 * min(values)) / 10), 1.0] if classes else _padded(values, 0.05)
     titles = ("confidence", "share that was right") if classes else ("mean prediction", "mean target")
+    titles = ("probability of a label", "share of rows with it") if labels else titles
     x, y = (
         channel(
             f"{key}:Q",
@@ -178,56 +197,77 @@ def reliability(
     )
 
 
-def cost_gain(arms: Sequence[ArmResult], metric: Mapping[str, str], *, width: int = 860) -> alt.LayerChart:
-    """Score against training time; the line joins the arms, filled, that no other beats in both (`pareto`)."""
-    front = pareto(arms, metric["better"])
+def cost_gain(
+    arms: Sequence[ArmResult], metric: Mapping[str, str], cost: str = "seconds", *, width: int = 860
+) -> alt.LayerChart:
+    """Score against one of `COSTS`; filled, numbered and joined by a line the arms that no other beats (`pareto`)."""
+    front = pareto(arms, metric["better"], cost)
     rows = [
         {
-            "arm": arm.name,
-            "seconds": max(arm.seconds, FASTEST),
+            "cost": {"seconds": max(arm.seconds, FASTEST), "memory": arm.memory / 1e6}.get(cost, arm.parameters),
             "score": arm.score,
             "colour": _colour(arm),
             "fill": _colour(arm) if arm in front else LIGHT["page"],
-            "best": arm in front,
-            "above": arm not in front or (len(front) - front.index(arm)) % 2 == 1,  # so that neighbours do not collide
+            "place": front.index(arm) + 1 if arm in front else 0,
         }
-        for arm in arms
-        if not arm.dropped and math.isfinite(arm.score)
+        for arm in costed(arms, cost)
     ]
-    fast, slow = min(row["seconds"] for row in rows), max(row["seconds"] for row in rows)
-    ratio = max(slow / fast, 2.0)
-    ends = (fast / ratio**0.06, slow * ratio**0.3)  # room for a name at the right of the slowest
-    ticks = [step * 10.0**power for power in range(-3, 7) for step in (1, 3)]
+    least, most = min(row["cost"] for row in rows), max(row["cost"] for row in rows)
+    ratio = max(most / least, 2.0)
+    ends = (least / ratio**0.08, most * ratio**0.08)
     x = alt.X(
-        "seconds:Q",
-        title="seconds per fit",
+        "cost:Q",
+        title=COSTS[cost],
         scale=alt.Scale(type="log", nice=False, domain=ends),
-        axis=alt.Axis(values=[tick for tick in ticks if ends[0] <= tick <= ends[1]], format="~g"),
+        axis=alt.Axis(values=_ticks(*ends), format="~s" if cost == "parameters" else "~g"),
     )
-    scale = alt.Scale(domain=_padded([row["score"] for row in rows], 0.12), nice=False)
+    scale = alt.Scale(domain=_padded([row["score"] for row in rows], 0.16), nice=False)
     y = alt.Y("score:Q", title=_titled(metric["name"], metric["unit"]), scale=scale, axis=alt.Axis(tickCount=6))
     base = alt.Chart(_rows(rows)).encode(x, y)
-    best = base.transform_filter("datum.best")
-    name = {"align": "left", "dx": 8, "limit": width // 3, "color": LIGHT["ink"]}
+    best = base.transform_filter("datum.place > 0")
+    names = [wrapped(f"{place} {arm.name}", width // 7) for place, arm in enumerate(front, 1)]
+    lines = [line for name in names for line in name]
+    legend = {"text": lines, "orient": "bottom", "anchor": "start", "offset": 8, "color": LIGHT["ink"]}
     return _layers(
         best.mark_line(interpolate="step-after", color=LIGHT["faint"], strokeDash=[4, 4]),
         base.mark_point(strokeWidth=2, size=80).encode(_given("colour"), _given("fill", alt.Fill)),
-        best.transform_filter("datum.above").mark_text(**name, dy=-9).encode(text="arm:N"),
-        best.transform_filter("!datum.above").mark_text(**name, dy=12).encode(text="arm:N"),
+        best.mark_text(dx=-9, dy=-9, fontWeight=600, color=LIGHT["ink"]).encode(text="place:N"),
         width=width,
-        height=320,
-    )
+        height=300 + 16 * len(lines),
+    ).properties(title=alt.TitleParams(**legend, fontSize=12, fontWeight="normal", lineHeight=16))
 
 
-def pareto(arms: Sequence[ArmResult], better: str) -> list[ArmResult]:
-    """The arms, dropped ones aside, than which no other is both faster and better; fastest first."""
+def costed(arms: Sequence[ArmResult], cost: str) -> list[ArmResult]:
+    """The arms, dropped ones aside, of which this cost is known: one of `COSTS`."""
+    finished = [arm for arm in arms if not arm.dropped and math.isfinite(arm.score)]
+    return [arm for arm in finished if cost == "seconds" or getattr(arm, cost)]
+
+
+def pareto(arms: Sequence[ArmResult], better: str, cost: str = "seconds") -> list[ArmResult]:
+    """Of the arms that are `costed` those than which no other is both cheaper and better; cheapest first."""
     sign = 1 if better == "higher" else -1
     front: list[ArmResult] = []
-    finished = [arm for arm in arms if not arm.dropped and math.isfinite(arm.score)]
-    for arm in sorted(finished, key=lambda arm: (arm.seconds, -sign * arm.score)):
+    for arm in sorted(costed(arms, cost), key=lambda arm: (getattr(arm, cost), -sign * arm.score)):
         if not front or sign * arm.score > sign * front[-1].score:
             front.append(arm)
     return front
+
+
+def coverage(trust: Mapping[str, float], *, width: int = 640) -> alt.LayerChart:
+    """How often sets or intervals held the truth, with its interval where it has one; dashed, what they promise."""
+    row = {"promised": 1 - trust["alpha"], "share": trust["coverage"]}
+    row |= {end: trust.get(end, row["share"]) for end in ("low", "high")}
+    ends = [max(0.0, min(row.values()) - 0.05), 1.0]
+    x = alt.X("promised:Q", title="share of truths within", scale=alt.Scale(domain=ends, nice=False))
+    x = x.axis(alt.Axis(tickCount=5, format=".0%"))
+    base = alt.Chart(_rows([row]))
+    return _layers(
+        base.mark_rule(color=LIGHT["muted"], strokeDash=[4, 4], strokeWidth=2).encode(x),
+        base.mark_rule(color=LIGHT["part"], strokeWidth=4).encode(alt.X("low:Q"), x2="high:Q"),
+        base.mark_point(color=LIGHT["part"], fill=LIGHT["part"], size=120).encode(alt.X("share:Q")),
+        width=width,
+        height=96,
+    )
 
 
 def class_counts(counts: Mapping[str, int], *, width: int = 460) -> alt.LayerChart:
@@ -241,19 +281,6 @@ def class_counts(counts: Mapping[str, int], *, width: int = 460) -> alt.LayerCha
         base.mark_text(align="left", dx=6, color=LIGHT["ink"]).encode(text="said:N"),
         width=width,
         height=25 * len(rows) + 14,
-    )
-
-
-def finding(found: Finding, *, width: int = 290) -> alt.LayerChart:
-    """The estimate with its interval, on an axis from zero; brown where it raised an alarm."""
-    colour = LIGHT["plain" if found.raised else "muted"]
-    base = alt.Chart(_rows([{"value": found.value, "low": found.low, "high": found.high}]))
-    x = _x(None, [found.low, found.high], **({"format": "~%"} if is_share(found) else {}))
-    return _layers(
-        base.mark_rule(color=colour, strokeWidth=3).encode(x("low"), x2="high:Q"),
-        base.mark_point(color=colour, fill=colour, size=90).encode(x("value")),
-        width=width,
-        height=50,
     )
 
 
@@ -311,10 +338,31 @@ def _zero(x: Callable[[str], alt.X]) -> alt.Chart:
     return alt.Chart(_rows([{"zero": 0}])).mark_rule(color=LIGHT["muted"]).encode(x("zero"))
 
 
-def _names(extent: int) -> alt.Axis:
+def _names(extent: int, **axis: object) -> alt.Axis:
     """A vertical axis of names, which takes as many pixels whatever they are."""
     room = {"labelLimit": extent - 8, "minExtent": extent, "maxExtent": extent}
-    return alt.Axis(**room, labelColor=LIGHT["ink"], ticks=False, domain=False, grid=False)
+    return alt.Axis(**room, labelColor=LIGHT["ink"], ticks=False, domain=False, grid=False, **axis)
+
+
+def wrapped(name: str, letters: int) -> list[str]:
+    """The name in lines of at most so many letters."""
+    return textwrap.wrap(name, letters, break_on_hyphens=False)
+
+
+def _lines(words: Sequence[Mapping[str, object]], extent: int) -> alt.Axis:
+    """A vertical axis with a `line` of words at each `y`."""
+    said = json.dumps({f"{word['y']:g}": word["line"] for word in words})
+    places = [word["y"] for word in words]
+    return _names(extent, values=places, labelExpr=f"({said})[datum.value]", labelOverlap=False, labelBound=False)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between the ends of a logarithmic axis: as few to the decade as give three."""
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        found = [step * 10.0**power for power in range(-4, 13) for step in steps if low <= step * 10.0**power <= high]
+        if len(found) >= 3:
+            break
+    return found
 
 
 def _given(field: str, channel: type[alt.Color] | type[alt.Fill] = alt.Color) -> alt.Color | alt.Fill:

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from lossary.compare.metrics import Metric
+from lossary.compare.problem import Problem
 from lossary.compare.result import ArmResult, Confirmation, Interval
 from lossary.compare.statistics import over_rows, too_few
 
@@ -17,9 +19,7 @@ def confirm(
     names: tuple[str, str],
     predictions: tuple[NDArray[np.float64], NDArray[np.float64]],
     metric: Metric,
-    target: NDArray[Any],
-    units: NDArray[np.int64],
-    classes: int,
+    locked: Problem,
 ) -> Confirmation:
     """What the locked rows say.
 
@@ -27,11 +27,11 @@ def confirm(
         names: finalist and baseline.
         predictions: theirs, each (seeds, rows, ...); one run for a model that draws nothing.
         metric: the primary one, named beforehand.
-        target, units: of the locked rows.
-        classes: their number, 0 for a real target.
+        locked: these rows.
     """
     first, second = predictions
-    lead = over_rows(metric, first, second, target, units, np.random.default_rng(0))
+    target, weight = locked.target, locked.weight
+    lead = over_rows(metric, first, second, target, locked.units, np.random.default_rng(0), weight)
     return Confirmation(
         finalist=names[0],
         baseline=names[1],
@@ -39,8 +39,8 @@ def confirm(
         detectable=lead.detectable,
         rows=len(target),
         seeds=max(len(first), len(second)),
-        scores=(float(np.mean(metric.score(first, target))), float(np.mean(metric.score(second, target)))),
-        exploratory=too_few(target, classes),
+        scores=tuple(float(np.mean(metric.score(arm, target, weight))) for arm in predictions),
+        exploratory=too_few(target, locked.task, locked.classes),
     )
 
 
@@ -107,22 +107,39 @@ def figure(value: float, effect: Interval, *, sign: bool = False) -> str:
     return text.lstrip("+-") if float(text) == 0 else text
 
 
+def own_predictions(found: Confirmation, name: str, metric: Metric) -> str:
+    """How predictions that the user brought stand to the finalist on the locked rows."""
+    effect = found.effect
+    verdict = (
+        f"{found.finalist} was better than {name}"
+        if effect.low > 0
+        else f"{found.finalist} was worse than {name}"
+        if effect.high < 0
+        else f"whether {found.finalist} is better than {name} is open"
+    )
+    return (
+        f"On the {found.rows:,} locked rows {verdict}: {amount(effect.difference, effect, metric, sign=True)} in "
+        f"{metric.name} (95% interval {bounds(effect)}); {name} had {found.scores[1]:.4g}."
+    )
+
+
 def curves(
-    names: tuple[str, str],
-    predictions: tuple[NDArray[np.float64], NDArray[np.float64]],
-    target: NDArray[Any],
-    classes: int,
+    names: tuple[str, str], predictions: tuple[NDArray[np.float64], NDArray[np.float64]], locked: Problem
 ) -> dict[str, Any]:
     """For charts, by arm: "reliability", bins of what was predicted against what came, all seeds together; and for
-    classes "confusion", counts of (true class, predicted class) of the first seed.
+    classes and levels "confusion", counts of (true class, predicted class) of the first seed.
     """
     found: dict[str, Any] = {"reliability": {}}
+    target, classes = locked.target, len(locked.classes)
     for name, values in zip(names, predictions):
-        predicted, observed = values, np.broadcast_to(target, values.shape[:2])
-        if classes:
+        if locked.task == "multilabel":
+            predicted, observed = expit(values), np.broadcast_to(target, values.shape)
+        elif locked.task == "real":
+            predicted, observed = values, np.broadcast_to(target, values.shape)
+        else:
             predicted, observed = np.exp(values.max(-1)), values.argmax(-1) == target
         found["reliability"][name] = _bins(predicted.ravel(), observed.ravel(), len(values))
-        if classes:
+        if locked.task in ("classes", "ordinal"):
             pairs = np.bincount(target * classes + values[0].argmax(-1), minlength=classes**2)
             found.setdefault("confusion", {})[name] = pairs.reshape(classes, classes).tolist()
     return found

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 import altair as alt
@@ -13,17 +15,19 @@ from markupsafe import Markup
 
 from lossary.compare import charts
 from lossary.compare.profile import Finding
-from lossary.compare.result import ArmResult, Comparison, Confirmation, Interval
+from lossary.compare.result import ArmResult, Comparison, Confirmation, Interval, winning
 from lossary.errors import BadInput
 
 WIDE, NARROW = 940, 342  # pixels: a desktop's column, and a phone of 390 without its margins
-MOST_CLASSES = 12  # with more, neither class counts nor confusion are drawn
+MOST_CLASSES = 12  # with more, no confusion is shown
+COSTS = {"seconds": "cost", "memory": "memory", "parameters": "parameters"}  # and the names of their charts
+NEW = "new.csv"  # stands for rows to predict
 
 
 def write(comparison: Comparison, out: Path) -> dict[str, Path]:
     """Writes `report.html`, `result.json` and `charts/*.png` into the folder `out`, which is made where it is missing.
 
-    A `winner.py` that is already there is shown in the report.
+    The page shows a `winner.py` that is already there.
 
     Returns:
         the files by name: "report", "result" and the charts' names.
@@ -31,17 +35,17 @@ def write(comparison: Comparison, out: Path) -> dict[str, Path]:
     Raises:
         BadInput: the folder cannot be written to.
     """
-    pictures = dict(_pictures(comparison))
+    drawn = {name: draw(WIDE) for name, draw in _pictures(comparison)} | _findings_page().pictures(comparison.profile)
     try:
         (out / "charts").mkdir(parents=True, exist_ok=True)
         winner = out / "winner.py"
         script = winner.read_text("utf-8") if winner.exists() else ""
         files = {"report": out / "report.html", "result": out / "result.json"}
-        files["report"].write_text(html(comparison, script), "utf-8")
+        files["report"].write_text(html(comparison, script, out), "utf-8")
         files["result"].write_text(to_json(comparison), "utf-8")
-        for name, draw in pictures.items():
+        for name, chart in drawn.items():
             files[name] = out / "charts" / f"{name}.png"
-            files[name].write_bytes(charts.png(draw(WIDE)))
+            files[name].write_bytes(charts.png(chart))
     except OSError as error:
         raise BadInput(f"--out: cannot write to {str(out)!r} ({error.strerror}); choose another folder") from None
     return files
@@ -52,8 +56,8 @@ def to_json(comparison: Comparison) -> str:
     return json.dumps(_plain(comparison.to_json()), ensure_ascii=False, allow_nan=False, indent=1)
 
 
-def html(comparison: Comparison, winner: str = "") -> str:
-    """The page. `winner` is the source of `winner.py`, shown where it is given."""
+def html(comparison: Comparison, winner: str = "", folder: Path | None = None) -> str:
+    """The page. `winner` is the source of `winner.py`, `folder` where the model lies, both shown where given."""
     env = Environment(
         loader=PackageLoader("lossary.compare"),
         autoescape=True,
@@ -65,6 +69,9 @@ def html(comparison: Comparison, winner: str = "") -> str:
         "lead": lead,
         "span": span,
         "time": duration,
+        "memory": memory,
+        "capital": capital,
+        "share": share,
         "shown": shown,
         "value": value,
         "plain": charts.number,
@@ -75,6 +82,9 @@ def html(comparison: Comparison, winner: str = "") -> str:
         c=comparison,
         css=Markup(charts.css()),
         pictures=pictures,
+        winning=winning(comparison),
+        brought=_brought(comparison),
+        predict=_predict(comparison, folder),
         verdict=verdict(comparison.confirmation),
         baseline=_baseline(comparison),
         typical=_typical(comparison),
@@ -122,6 +132,24 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {int(seconds % 60)} s"
 
 
+def memory(size: int) -> str:
+    """66 kB, 1.9 MB, 34 MB, 2.1 GB."""
+    unit, amount = next(
+        (u, size / per) for u, per in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= per or u == "kB"
+    )
+    return f"{amount:.1f} {unit}" if amount < 9.95 else f"{amount:.0f} {unit}"
+
+
+def capital(name: str) -> str:
+    """With a capital at its beginning, unless it has its own, as mAP."""
+    return name if name[1:2].isupper() else name[:1].upper() + name[1:]
+
+
+def share(amount: float, low: float | None = None, high: float | None = None) -> str:
+    """A share as a percentage, as precise as its interval where it has one."""
+    return charts.number(100 * amount, Interval(0.0, 100 * (low or 0.0), 100 * (high or 0.03))) + "%"
+
+
 def value(setting: Any) -> str:
     """A hyper-parameter as one would write it."""
     if isinstance(setting, float):
@@ -133,11 +161,17 @@ def value(setting: Any) -> str:
     return str(setting)
 
 
-def shown(setting: Mapping[str, Any]) -> dict[str, str]:
-    """What tuning chose and the data filled in, part and model aside, each as one would write it."""
-    inner = {**setting.get("hyper", {}), **setting.get("facts", {})}
-    outer = {name: entry for name, entry in setting.items() if name not in ("family", "part", "role", "hyper", "facts")}
-    return {name: value(entry) for name, entry in {**inner, **outer}.items() if entry is not None}
+def shown(setting: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """What tuning chose and the data filled in, as one would write it: of each part by name, then of the model."""
+    model = {name: entry for name, entry in setting.items() if name not in ("family", "parts")}
+    parts = [
+        (part["part"].rpartition(".")[2], {**part.get("hyper", {}), **part.get("facts", {})})
+        for part in setting.get("parts", ())
+    ]
+    return [
+        (name, {key: value(entry) for key, entry in entries.items() if entry is not None})
+        for name, entries in (*parts, ("", model))
+    ]
 
 
 # What the page shows
@@ -155,24 +189,36 @@ def _pictures(c: Comparison) -> Iterator[tuple[str, Callable[[int], alt.LayerCha
             "leaderboard",
             lambda width: charts.forest(c.arms, unit, baseline=baseline, finalist=finalist, width=width),
         )
-    if 0 < len(classes) <= MOST_CLASSES:
-        counts = dict(zip(classes, c.profile.class_counts, strict=True))
-        yield "classes", lambda width: charts.class_counts(counts, width=min(width, 440))
+    if brought := _brought(c):
+        yield "brought", lambda width: charts.interval_plot(brought, unit, width=width)
     if c.curves.get("reliability"):
         yield (
             "reliability",
             lambda width: charts.reliability(
-                c.curves["reliability"], finalist=finalist, classes=bool(classes), width=min(width, 440)
+                c.curves["reliability"],
+                finalist=finalist,
+                classes=bool(classes),
+                labels=c.data["task"] == "multilabel",
+                width=min(width, 440),
             ),
         )
-    yield "cost", lambda width: charts.cost_gain(c.arms, c.metric, width=width)
+    for cost, name in COSTS.items():
+        several = {getattr(arm, cost) for arm in charts.costed(c.arms, cost)}
+        if len(several) > (cost != "seconds"):  # time is always shown, the others where arms differ in them
+            most = WIDE if cost == "seconds" else 440
+            yield (
+                name,
+                lambda width, cost=cost, most=most: charts.cost_gain(c.arms, c.metric, cost, width=min(width, most)),
+            )
+    if c.trust:
+        yield "trust", lambda width: charts.coverage(c.trust, width=min(width, 640))
 
 
 def _says(c: Comparison, name: str) -> str:
     """A chart in words, for those who cannot see it."""
     unit = c.metric["unit"]
-    if name == "confirmation" and c.confirmation:
-        sure = c.confirmation
+    if name in ("confirmation", "brought"):
+        sure = c.confirmation if name == "confirmation" else _brought(c)
         return (
             f"{sure.finalist} leads {sure.baseline} by {lead(sure.effect)} {unit} on the locked rows, 95% interval "
             f"{span(sure.effect)}; the smallest detectable lead is {charts.number(sure.detectable, sure.effect)}."
@@ -180,9 +226,6 @@ def _says(c: Comparison, name: str) -> str:
     if name == "leaderboard":
         leads = "; ".join(f"{a.name} {lead(a.against_baseline)}" for a in c.arms if a.against_baseline)
         return f"Leads over the baseline in the search, {unit}: {leads}. The table below has the intervals."
-    if name == "classes":
-        pairs = zip(c.data["classes"], c.profile.class_counts, strict=True)
-        return "Rows of each class: " + "; ".join(f"{label} {count:,}" for label, count in pairs) + "."
     if name == "reliability":
         return (
             "Predicted against observed, in bins: "
@@ -192,10 +235,17 @@ def _says(c: Comparison, name: str) -> str:
             )
             + "."
         )
+    if name == "trust":
+        return (
+            f"{share(c.trust['coverage'])} of the truths were within, {100 * (1 - c.trust['alpha']):g}% was promised."
+        )
+    cost = next(cost for cost, chart in COSTS.items() if chart == name)
+    tell = {"seconds": duration, "memory": memory, "parameters": "{:,}".format}[cost]
     front = "; ".join(
-        f"{arm.name} {duration(arm.seconds)} {arm.score:.4g}" for arm in charts.pareto(c.arms, c.metric["better"])
+        f"{arm.name} {tell(getattr(arm, cost))} {arm.score:.4g}"
+        for arm in charts.pareto(c.arms, c.metric["better"], cost)
     )
-    return f"{c.metric['name']} against seconds per fit. No other arm is both faster and better than: {front}."
+    return f"{c.metric['name']} against {charts.COSTS[cost]}. No other arm is both cheaper and better than: {front}."
 
 
 def _figure(draw: Callable[[int], alt.LayerChart], says: str) -> Markup:
@@ -241,18 +291,34 @@ def _strips(c: Comparison) -> dict[str, Markup]:
     }
 
 
-def _findings(c: Comparison) -> list[tuple[Any, Markup]]:
+def _brought(c: Comparison) -> Confirmation | None:
+    """The finalist against what the user brought."""
+    if not c.brought:
+        return None
+    held = c.brought["against"]
+    return Confirmation(**{**held, "effect": Interval(**held["effect"])})
+
+
+def _predict(c: Comparison, folder: Path | None) -> str:
+    """The command that applies the winner."""
+    words = ["lossary", "predict", str(folder), NEW, *(["--with-sets"] if c.trust else [])]
+    return "" if folder is None else shlex.join(words)
+
+
+def _findings_page() -> ModuleType:
+    from lossary.compare import profile_page  # not above: it imports this module
+
+    return profile_page
+
+
+def _findings(c: Comparison) -> list[tuple[Finding, Markup | None]]:
+    page = _findings_page()
     return [
         (
             found,
-            Markup(
-                charts.svg(
-                    charts.finding(found),
-                    f"{found.title}: {found.value:.3g}, interval {found.low:.3g} to {found.high:.3g} {found.unit}.",
-                )
-            ),
+            Markup(charts.svg(page.draw(found), f"{found.title}: {page.says(found)}")) if found.picture else None,
         )
-        for found in c.profile.findings
+        for found in page.ordered(c.profile)
     ]
 
 

@@ -22,9 +22,9 @@ class ArmResult:
     Attributes:
         name: shown to people, unique: "cross-entropy MLP", "polyloss: poly1_cross_entropy".
         family: "network", "boosting" or "linear": the model it trains.
-        paper: the paper's id, or None for a conventional arm.
-        part: "losses.poly1_cross_entropy", or None for a conventional arm.
-        role: the part's role, or "".
+        paper: the paper's id, or None for a conventional arm; a combination has several, joined by " + ".
+        part: "losses.poly1_cross_entropy", or None for a conventional arm; of a combination joined likewise.
+        role: the part's role, or ""; of a combination joined likewise.
         reason: why it was tried, in words.
         setting: the configuration that tuning chose, of `tried` configurations.
         score: mean over cells of the metric, in its own direction.
@@ -35,6 +35,7 @@ class ArmResult:
         cell_scores: the score in each (partition, fold), seeds averaged, in order.
         seconds: training time per fit, all seeds of one cell together.
         parameters: of one trained model, 0 where that means nothing.
+        memory: bytes that a fit took at most beyond what its process held before, 0 where that cannot be told.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ArmResult:
     cell_scores: tuple[float, ...]
     seconds: float
     parameters: int = 0
+    memory: int = 0
     dropped: str = ""
 
     @property
@@ -114,6 +116,10 @@ class Comparison:
     seconds: float
     curves: dict[str, Any] = field(default_factory=dict)
     """For charts: "reliability" and "confusion" of finalist and baseline on the locked rows."""
+    brought: dict[str, Any] = field(default_factory=dict)
+    """Where the user brought predictions: "against", a `Confirmation`, and its "sentence"."""
+    trust: dict[str, Any] = field(default_factory=dict)
+    """How far the saved winner's probabilities, sets and intervals can be trusted: `model.Model.checked`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. Each arm also carries `difference` and `interval`, those against the baseline."""
@@ -123,3 +129,16 @@ class Comparison:
             arm["difference"] = effect and effect["difference"]
             arm["interval"] = effect and [effect["low"], effect["high"]]
         return record
+
+
+def winning(comparison: Comparison) -> ArmResult:
+    """The arm to train.
+
+    The finalist where it was confirmed to help, the best conventional arm where the finalist was confirmed to be
+    worse, and otherwise whichever arm was best in the search.
+    """
+    sure, name = comparison.confirmation, ""
+    if sure and not sure.exploratory:
+        name = sure.finalist if sure.effect.low > 0 else sure.baseline if sure.effect.high < 0 else ""
+    finished = [arm for arm in comparison.arms if not arm.dropped]
+    return next((arm for arm in finished if arm.name == name), finished[0])

@@ -4,6 +4,8 @@ The rows that were not locked are dealt into folds several times over (partition
 all but one fold of one partition, with all its seeds as one stack, and its scores on that fold. All arms meet the
 same folds and, for the same seed, the same initial weights and batches. Boosting and linear models draw nothing,
 so they train once in a cell.
+
+In the end the best part is stacked with parts of other roles, one by one, as long as that helps: `combine`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +19,16 @@ import torch
 
 import lossary
 from lossary import tasks
-from lossary.compare.arms import Arm
+from lossary.compare.arms import Arm, stack
 from lossary.compare.cells import Bench, Job, Outcome, Protocol
 from lossary.compare.metrics import Metric
 from lossary.compare.statistics import over_cells
 from lossary.compare.store import Store, digest
 from lossary.tasks import Seeds, run_all, warm
 
-VERSION = 1  # raised when the same job comes to give other numbers: what older code has stored is then not used
+VERSION = 2  # raised when the same job comes to give other numbers: what older code has stored is then not used
 RACES = (1, 2)  # after so many partitions hopeless arms are dropped
+MOST_COMBINED = 3  # combinations that are tried
 ALWAYS_KEPT = 2  # leading parts that are never dropped, so that there is a finalist to confirm
 WORTH_WORKERS = 12.0  # seconds of work below which starting other processes costs more than it saves
 
@@ -56,7 +59,8 @@ class Work:
         self._spread: Callable[..., Iterator[tuple[Job, Outcome]]] | None = None
         problem, protocol = bench.problem, bench.protocol
         versions = [VERSION, lossary.__version__, torch.__version__, tasks.versions()]
-        self._base = [problem.digest, bench.metric, bench.label_noise, protocol.folds, versions]
+        metric = [bench.metric.name, bench.metric.detail]
+        self._base = [problem.digest, metric, bench.label_noise, protocol.folds, bench.device, versions]
 
     def __enter__(self) -> "Work":
         return self
@@ -79,7 +83,9 @@ class Work:
         self.done += sum(key in found for key in keys)
         for job, outcome in self._run([job for key, job in zip(keys, jobs) if key not in found]):
             key = self.key(job)
-            found[key] = {name: getattr(outcome, name) for name in ("scores", "seconds", "parameters", "error")}
+            found[key] = {
+                name: getattr(outcome, name) for name in ("scores", "seconds", "parameters", "memory", "error")
+            }
             self.store.write(
                 key, arm=job.arm, kind=job.kind, partition=job.partition, fold=job.fold,
                 value=found[key], predictions=outcome.predictions,
@@ -122,6 +128,7 @@ class Search:
     scores: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
 
     def running(self) -> list[Arm]:
@@ -149,6 +156,8 @@ def search(
     metric: Metric,
     finish: Finish,
     expect: Callable[[int], None] = lambda n: None,
+    *,
+    ratio: float | None = None,
 ) -> Search:
     """Tune every arm, score it cell by cell, drop what is hopeless.
 
@@ -161,25 +170,62 @@ def search(
         protocol, metric: how much, and by what.
         finish: gives the outcomes of jobs.
         expect: told how many jobs will have been asked for in all, whenever that changes.
+        ratio: rows of a test fold over rows of its training part; None is that of folds of one size.
     """
+    ratio = 1 / (protocol.folds - 1) if ratio is None else ratio
     found, tuning = Search(tuple(arms)), [job for arm in arms for job in tune_jobs(arm, protocol)]
     cells = protocol.partitions * protocol.folds
     expect(len(tuning) + cells * len(arms) + 2)
     _tune(found, metric, list(zip(tuning, finish(tuning))))
     for begin, end in _stages(protocol.partitions):
         running = found.running()
-        jobs = [
-            Job("cell", arm.name, found.setting[arm.name], partition, fold, _ids(arm, range(protocol.seeds)), arm.code)
-            for partition in range(begin, end)
-            for fold in range(protocol.folds)  # arms beside each other, so that an encoded fold serves them all
-            for arm in running
-        ]
+        jobs = _cell_jobs(found, running, protocol, range(begin, end))
         left = (protocol.partitions - end) * protocol.folds * len(running)
         expect(len(tuning) + sum(map(len, found.scores.values())) + len(jobs) + left + 2)
         _collect(found, list(zip(jobs, finish(jobs))))
         if end < protocol.partitions:
-            _race(found, protocol, metric)
+            _race(found, metric, ratio)
+    combine(found, protocol, metric, finish, expect)
     return found
+
+
+def combine(
+    found: Search, protocol: Protocol, metric: Metric, finish: Finish, expect: Callable[[int], None] = lambda n: None
+) -> None:
+    """Put parts of other roles beside the best one, the better ones first, and keep each that raises the mean score.
+
+    At most `MOST_COMBINED` are tried. A combination is tuned and scored like every other arm, on all cells.
+    """
+    parts = found.best([arm for arm in found.running() if arm.part and arm.family == "network"], metric.sign)
+    if not parts:
+        return
+    best, tried = parts[0], 0
+    for other in parts[1:]:
+        arm = stack(best, found.setting[best.name], other, found.setting[other.name])
+        if arm is None:
+            continue
+        found.arms = (*found.arms, arm)
+        tuning = tune_jobs(arm, protocol)
+        done = sum(len(a.settings) * protocol.tune_splits for a in found.arms) + sum(map(len, found.scores.values()))
+        expect(done + protocol.partitions * protocol.folds + 2)
+        _tune(found, metric, list(zip(tuning, finish(tuning))), only=arm)
+        if arm.name not in found.dropped:
+            jobs = _cell_jobs(found, [arm], protocol, range(protocol.partitions))
+            _collect(found, list(zip(jobs, finish(jobs))))
+        if arm.name not in found.dropped and found.best([best, arm], metric.sign)[0] is arm:
+            best = arm
+        tried += 1
+        if tried == MOST_COMBINED:
+            return
+
+
+def _cell_jobs(found: Search, arms: Sequence[Arm], protocol: Protocol, partitions: range) -> list[Job]:
+    return [
+        Job("cell", arm.name, found.setting[arm.name], partition, fold, _ids(arm, range(protocol.seeds)), arm.code)
+        for partition in partitions
+        for fold in range(protocol.folds)  # arms beside each other, so that an encoded fold serves them all
+        for arm in arms
+    ]
 
 
 def _stages(partitions: int) -> list[tuple[int, int]]:
@@ -188,9 +234,9 @@ def _stages(partitions: int) -> list[tuple[int, int]]:
     return list(pairwise([0, *ends]))
 
 
-def _tune(found: Search, metric: Metric, outcomes: list[tuple[Job, Outcome]]) -> None:
+def _tune(found: Search, metric: Metric, outcomes: list[tuple[Job, Outcome]], *, only: Arm | None = None) -> None:
     """Choose each arm's configuration by its mean score; an arm that fails with all of them is dropped."""
-    for arm in found.arms:
+    for arm in found.arms if only is None else (only,):
         mine = [(job, outcome) for job, outcome in outcomes if job.arm == arm.name]
         means = []
         for setting in arm.settings:
@@ -200,7 +246,7 @@ def _tune(found: Search, metric: Metric, outcomes: list[tuple[Job, Outcome]]) ->
             means.append(-np.inf if failed else metric.sign * float(np.mean(scores)))
         best = int(np.argmax(means))
         found.setting[arm.name], found.scores[arm.name] = arm.settings[best], []
-        found.seconds[arm.name], found.parameters[arm.name] = 0.0, 0
+        found.seconds[arm.name], found.parameters[arm.name], found.memory[arm.name] = 0.0, 0, 0
         if means[best] == -np.inf:
             reason = next((outcome.error for _, outcome in mine if outcome.error), "its scores are not finite")
             found.dropped[arm.name] = f"no configuration worked: {reason}"
@@ -215,9 +261,10 @@ def _collect(found: Search, outcomes: list[tuple[Job, Outcome]]) -> None:
             found.scores[job.arm].append(outcome.score)
             found.seconds[job.arm] = (count * found.seconds[job.arm] + outcome.seconds) / (count + 1)
             found.parameters[job.arm] = outcome.parameters
+            found.memory[job.arm] = max(found.memory[job.arm], outcome.memory)
 
 
-def _race(found: Search, protocol: Protocol, metric: Metric) -> None:
+def _race(found: Search, metric: Metric, ratio: float) -> None:
     plain = found.best([arm for arm in found.running() if arm.part is None], metric.sign)
     parts = found.best([arm for arm in found.running() if arm.part is not None], metric.sign)
     if not plain:
@@ -225,7 +272,7 @@ def _race(found: Search, protocol: Protocol, metric: Metric) -> None:
     best, networks = plain[0], [arm for arm in plain if arm.family == "network"]
     ahead = np.array(found.scores[best.name])
     for arm in plain + parts:
-        lead = over_cells(metric.sign * (np.array(found.scores[arm.name]) - ahead), 1 / (protocol.folds - 1)).interval
+        lead = over_cells(metric.sign * (np.array(found.scores[arm.name]) - ahead), ratio).interval
         if lead.high < 0 and arm not in (*networks[:1], *parts[:ALWAYS_KEPT]):
             found.dropped[arm.name] = f"hopeless after {len(ahead)} cells: behind {best.name} throughout its interval"
 

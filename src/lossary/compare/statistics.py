@@ -10,7 +10,7 @@ Two kinds of interval, both two-sided at 95%, of a lead that is positive where t
 All p-values are two-sided, so that p < 0.05 says just what an interval without 0 says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,13 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def over_rows(
-    metric: Metric, first: Floats, second: Floats, target: NDArray, units: NDArray[np.int64], rng: np.random.Generator
+    metric: Metric,
+    first: Floats,
+    second: Floats,
+    target: NDArray,
+    units: NDArray[np.int64],
+    rng: np.random.Generator,
+    weight: Floats | None = None,
 ) -> Estimate:
     """The lead of the first arm's predictions over the second's on rows that neither was trained on.
 
@@ -91,15 +97,16 @@ def over_rows(
     Args:
         metric: which; its sign makes a positive lead good.
         first, second: predictions (S, n, ...); one that has no seeds, S = 1, goes with each seed of the other.
-        target: (n,).
+        target: (n,), or (n, labels).
         units: (n,), a number per row that those share which are not independent.
         rng: for the bootstrap.
+        weight: (n,) what each row counts; None is 1.
     """
     units = np.unique(units, return_inverse=True)[1]
     if metric.rows is None:
-        return _bootstrapped(metric, first, second, target, units, rng)
+        return _bootstrapped(metric, first, second, target, units, rng, weight)
     lead = metric.sign * (metric.rows(first, target) - metric.rows(second, target))  # (S, n)
-    share = metric.shares(target)
+    share = metric.shares(target, weight)
     by_seed = lead @ share
     seeds = len(by_seed)
     parts = [(float(by_seed.var(ddof=1)) / seeds, seeds - 1)] if seeds > 1 else []
@@ -108,7 +115,8 @@ def over_rows(
     for stratum in np.unique(target) if metric.balanced else (None,):
         member = np.ones(len(target), dtype=bool) if stratum is None else target == stratum
         count = len(np.unique(units[member]))
-        own = share[member] * (row[member] - row[member].mean())
+        mean = np.average(row[member], weights=share[member] if share[member].any() else None)
+        own = share[member] * (row[member] - mean)
         influence[member] = own * np.sqrt(count / max(count - 1, 1))
         parts.append((float((influence[member] ** 2).sum()), max(count - 1, 1)))
     variance = float((np.bincount(units, influence) ** 2).sum()) + (parts[0][0] if seeds > 1 else 0.0)
@@ -117,25 +125,43 @@ def over_rows(
     return Estimate(float(by_seed.mean()), float(np.sqrt(variance)), freedom)
 
 
-def too_few(target: NDArray, classes: int) -> str:
+def too_few(target: NDArray, task: str, classes: Sequence[str]) -> str:
     """Why so few locked rows confirm nothing, or nothing where they are enough."""
     if len(target) < FEWEST_ROWS:
         return f"only {len(target)} rows were locked, at least {FEWEST_ROWS} are needed"
-    if classes and (fewest := int(np.bincount(target, minlength=classes).min())) < FEWEST_OF_CLASS:
-        return f"the rarest class has only {fewest} locked rows, at least {FEWEST_OF_CLASS} are needed"
+    if task == "real":
+        return ""
+    if task == "multilabel":
+        counts, what = target.sum(0), "label"
+    else:
+        counts, what = np.bincount(target, minlength=len(classes)), "level" if task == "ordinal" else "class"
+    if counts.min() < FEWEST_OF_CLASS:
+        return (
+            f"the rarest {what}, {classes[counts.argmin()]!r}, has only {counts.min()} locked rows, at least "
+            f"{FEWEST_OF_CLASS} are needed"
+        )
     return ""
 
 
 def _bootstrapped(
-    metric: Metric, first: Floats, second: Floats, target: NDArray, units: NDArray, rng: np.random.Generator
+    metric: Metric,
+    first: Floats,
+    second: Floats,
+    target: NDArray,
+    units: NDArray,
+    rng: np.random.Generator,
+    weight: Floats | None,
 ) -> Estimate:
     seeds, count = max(len(first), len(second)), int(units.max()) + 1
     leads = []
     for start in range(0, RESAMPLES, 50):  # in pieces, which keeps the memory small
         chance = np.full(count, 1 / count)
         weights = rng.multinomial(count, chance, size=min(50, RESAMPLES - start))[:, units].astype(float)
+        if weight is not None:
+            weights = weights * weight
         one, other = (np.array([metric.weighted(p, target, weights) for p in arm]) for arm in (first, second))
         drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=weights.shape[0]).T / seeds
         leads.append((metric.sign * (one - other) * drawn).sum(0) if seeds > 1 else metric.sign * (one - other)[0])
-    lead = float(np.nanmean(metric.sign * (metric.score(first, target) - metric.score(second, target))))
+    scores = [metric.score(arm, target, weight) for arm in (first, second)]
+    lead = float(np.nanmean(metric.sign * (scores[0] - scores[1])))
     return Estimate(lead, float(np.nanstd(np.concatenate(leads), ddof=1)), count - 1)

@@ -1,4 +1,8 @@
-"""`winner.py`: the arm that came out best as a plain script, without the harness that compared it."""
+"""`winner.py`: the arm that came out best as a plain script, without the harness that compared it.
+
+That is: for tables with one target, and networks or models of scikit-learn's or LightGBM's kind. What has no such plain
+form (`is_plain`) gets a short script that calls the harness.
+"""
 
 import inspect
 import os
@@ -17,7 +21,7 @@ from lossary.compare.bundled import BUNDLED
 from lossary.compare.encode import MOST_LEVELS
 from lossary.compare.load import MISSING
 from lossary.compare.problem import Problem, lock
-from lossary.compare.result import ArmResult, Comparison
+from lossary.compare.result import ArmResult, Comparison, winning
 from lossary.compare.training import part_of
 from lossary.errors import BadInput
 from lossary.roles import mark_of
@@ -50,26 +54,13 @@ LOSSES = {
 }
 
 
-def winner(comparison: Comparison) -> ArmResult:
-    """The arm to train.
-
-    The finalist where it was confirmed to help, the best conventional arm where the finalist was confirmed to be
-    worse, and otherwise whichever arm was best in the search.
-    """
-    sure, name = comparison.confirmation, ""
-    if sure and not sure.exploratory:
-        name = sure.finalist if sure.effect.low > 0 else sure.baseline if sure.effect.high < 0 else ""
-    finished = [arm for arm in comparison.arms if not arm.dropped]
-    return next((arm for arm in finished if arm.name == name), finished[0])
-
-
 def write(
     comparison: Comparison, problem: Problem, out: Path, *, locked: NDArray[np.int64] | None = None, seed: int = 0
 ) -> Path:
     """Writes `winner.py` into the folder `out`, and beside it `locked_rows.txt`, the rows it scores itself on.
 
     Args:
-        comparison: its best arm is trained, see `winner`.
+        comparison: its best arm is trained, see `winning`.
         problem: the data, as `load` read them.
         out: made where it is missing.
         locked: the numbers of these rows; None are those of `lock`.
@@ -90,9 +81,36 @@ def write(
     return path
 
 
+def is_plain(arm: ArmResult, problem: Problem, metric: str) -> bool:
+    """Whether the arm can be written out: a file or a bundled set, no weights of rows, no trees with parts."""
+    setting, usual = arm.setting, problem.task in ("classes", "real") and metric in SCORES
+    alone = not problem.shape and problem.weight is None and problem.time is None and problem.test is None
+    readable = problem.source in BUNDLED or Path(problem.source).suffix.lower() in (".csv", ".tsv", ".tab", ".txt")
+    roles = {part["role"] for part in setting.get("parts", ())}
+    own = (
+        setting.get("model", "mlp") != "mlp"
+        or (arm.family == "boosting" and roles)
+        or ("procedure" in roles and len(roles) > 1)
+    )
+    whole = not any("rows were read" in note for note in problem.notes)
+    return bool(usual and alone and readable and not own and whole)
+
+
 def script(comparison: Comparison, problem: Problem, *, seed: int = 0) -> str:
     """The source of `winner.py`."""
-    arm, metric = winner(comparison), comparison.metric
+    arm, metric = winning(comparison), comparison.metric
+    env = Environment(
+        loader=PackageLoader("lossary.compare"),
+        autoescape=False,  # what comes from the data is written as a literal, or on one line of a comment
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    head = {"title": _one_line(arm.name), "said": textwrap.wrap(_said(comparison, arm), WIDTH - 2)}
+    reading = comparison.data.get("reading", {})
+    if not is_plain(arm, problem, metric["name"]) or reading.get("embeddings"):
+        return env.get_template("winner_harness.py.jinja").render(head | _harness(comparison, arm, problem, seed))
     network = arm.family == "network"
     body = _network(arm.setting, problem, comparison.profile.label_noise, seed) if network else _plain(arm, problem)
     reading = _reading(problem, grouped=body["grouped"])
@@ -103,20 +121,10 @@ def script(comparison: Comparison, problem: Problem, *, seed: int = 0) -> str:
         guess, more = Code(f"{guess}[:, 1]"), {}
     score = _call(function, Code("target[held_out]"), guess, **more)
     needed = {"pathlib.Path", f"sklearn.metrics.{function}"} | body["needed"] | reading["needed"]
-    if "F." in f"{body.get('values')}{body['made'] and body.get('plain')}":
+    if "F." in f"{body.get('values')}{body.get('plain') if 'procedure' in body['roles'] else ''}":
         needed.add("functional")
-    env = Environment(
-        loader=PackageLoader("lossary.compare"),
-        autoescape=False,  # what comes from the data is written as a literal, or on one line of a comment
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
     return env.get_template("winner.py.jinja").render(
-        {**body, **reading},
-        title=_one_line(arm.name),
-        said=textwrap.wrap(_said(comparison, arm), WIDTH - 2),
+        {**head, **body, **reading},
         imports=_imports(needed, network, text),
         setting=arm.setting,
         classes=bool(problem.classes),
@@ -128,44 +136,72 @@ def script(comparison: Comparison, problem: Problem, *, seed: int = 0) -> str:
     )
 
 
+def _harness(comparison: Comparison, arm: ArmResult, problem: Problem, seed: int) -> dict[str, Any]:
+    """A script that calls the harness."""
+    given = {name: value for name, value in comparison.data.get("reading", {}).items() if value not in (None, (), [])}
+    metric, name = comparison.metric, comparison.metric["name"]
+    if name == "cost":
+        made, call = "cost", f"cost(np.array({_literal(metric['costs'])}))"
+    elif ":" in metric.get("asked", ""):
+        made, call = "own", f"own({_literal(metric['asked'])}, problem.task, len(problem.classes))"
+    else:
+        made, call = "named", f"named({_literal(name)})"
+    return {
+        "reading": ", ".join([_literal(problem.source), *(f"{key}={_literal(value)}" for key, value in given.items())]),
+        "setting": _literal({**arm.setting, "parts": _bare(arm.setting)}),
+        "metric": call,
+        "made": made,
+        "seed": seed,
+        "label_noise": repr(comparison.profile.label_noise),
+    }
+
+
+def _bare(setting: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A setting's parts without the facts, which are counted anew."""
+    return [{key: part[key] for key in ("part", "role", "hyper")} for part in setting.get("parts", ())]
+
+
 # The model and its training
 
 
 def _plain(arm: ArmResult, problem: Problem) -> dict[str, Any]:
-    """A model of scikit-learn's, as `training` makes it."""
-    own = {name: value for name, value in arm.setting.items() if name not in ("family", "class_weight", "error")}
+    """A model of scikit-learn's or LightGBM's, as `training` and `boosting` make it."""
+    names = ("family", "class_weight", "error")
+    own: dict[str, Any] = {name: value for name, value in arm.setting.items() if name not in names}
     if arm.family == "boosting":
-        module, name = "ensemble", f"HistGradientBoosting{'Classifier' if problem.classes else 'Regressor'}"
-        own["early_stopping"] = False
+        module, name = "lightgbm", f"LGBM{'Classifier' if problem.classes else 'Regressor'}"
         if not problem.classes:
-            own["loss"] = f"{arm.setting['error']}_error"
+            own["objective"] = {"squared": "l2", "absolute": "l1"}[arm.setting["error"]]
+        own |= {"n_jobs": 1, "random_state": 0, "deterministic": True, "force_row_wise": True, "verbosity": -1}
     else:
-        module, name = "linear_model", "LogisticRegression" if problem.classes else "Ridge"
+        module, name = "sklearn.linear_model", "LogisticRegression" if problem.classes else "Ridge"
         if problem.classes:
             own["max_iter"] = 300
     if arm.setting.get("class_weight"):
         own["class_weight"] = arm.setting["class_weight"]
-    return {"made": _call(name, **own), "needed": {f"sklearn.{module}.{name}"}, "grouped": False, "role": ""}
+    return {"made": _call(name, **own), "needed": {f"{module}.{name}"}, "grouped": False, "roles": set()}
 
 
 def _network(setting: Mapping[str, Any], problem: Problem, label_noise: float | None, seed: int) -> dict[str, Any]:
     """A network and what trains it, as `training.recipe` puts them together, here for a single seed."""
-    role = setting.get("role", "")
-    streams = {"WEIGHTS": "init"} if role == "selector" else {"WEIGHTS": "init", "ORDER": "order"}
-    if "generator" in _asked(part_of(setting)):
-        streams[role.upper()] = role
-    if role == "procedure":
+    parts = setting.get("parts", ())
+    roles = {part["role"] for part in parts}
+    streams = {"WEIGHTS": "init"} if "selector" in roles else {"WEIGHTS": "init", "ORDER": "order"}
+    for part in parts:
+        if "generator" in _asked(part_of(part)):
+            streams[part["role"].upper()] = part["role"]
+    if "procedure" in roles:
         streams["TURNS"] = "turns"
     plain = LOSSES["classes" if problem.classes else setting["error"]]
     body = {
-        "role": role,
+        "roles": roles,
         "weighted": bool(problem.classes) and setting["class_weight"] is not None,
         "seeds": {name: Seeds((seed,)).torch(stream)[0].initial_seed() for name, stream in streams.items()},
         "layers": _layers(setting, "len(classes)" if problem.classes else "1"),
         "plain": plain.format(target="target"),
         "values": plain.format(target="y[rows]"),
-        "weights": "",
-        "made": "",
+        "weights": [],
+        "made": {},
         "facts": "",
         "optimizer": _call(
             "torch.optim.AdamW", Code("model.parameters()"), lr=setting["lr"], weight_decay=setting["weight_decay"]
@@ -173,43 +209,50 @@ def _network(setting: Mapping[str, Any], problem: Problem, label_noise: float | 
         "grouped": False,
         "needed": {"itertools.islice", "torch.nn"},
     }
-    if "part" in setting:
-        body["needed"].add(f"lossary.{setting['part']}")
-        _put_in(body, setting, {name: Code(code) for name, code in _facts(problem, label_noise).items()})
+    for part in parts:
+        body["needed"].add(f"lossary.{part['part']}")
+        facts = {name: Code(code) for name, code in _facts(problem, label_noise).items()}
+        _put_in(body, part, facts, {name: setting[name] for name in ("lr", "weight_decay")})
     return body
 
 
-def _put_in(body: dict[str, Any], setting: Mapping[str, Any], facts: Mapping[str, Code]) -> None:
-    """The part of a setting: how it is made, and where it takes the place of what is plain."""
-    part, role = part_of(setting), setting["role"]
+def _put_in(
+    body: dict[str, Any], entry: Mapping[str, Any], facts: Mapping[str, Code], rates: Mapping[str, float]
+) -> None:
+    """An entry of a setting's parts: how it is made, and where it takes the place of what is plain."""
+    part, role = part_of(entry), entry["role"]
     parameters, asked = _asked(part), _asked(getattr(part, "forward", part))
     bound = {name: facts[name] for name in parameters if name in facts}
     if "epochs" in parameters:
         bound["epochs"] = Code("math.ceil(STEPS * BATCH / len(x))")
         body["needed"].add("math")
+    if "labels" in parameters and role in ("weighting", "selector"):
+        bound["labels"] = Code("y")
     if "generator" in parameters:
         bound["generator"] = Code(f"torch.Generator().manual_seed({role.upper()})")
-    bound |= setting["hyper"]
+    bound |= entry["hyper"]
     tensors = {"target": Code("y[rows]"), "group": Code("group[rows]"), "index": Code("rows")}
     tensors = {name: code for name, code in tensors.items() if name in asked}
-    body["grouped"] = "group" in tensors or "num_groups" in bound
+    body["grouped"] |= "group" in tensors or "num_groups" in bound
     name = part.__name__
     if isinstance(part, type) and role in ("loss", "weighting", "selector"):
-        body["made"], bound, name = _call(name, **bound), {}, {"loss": "criterion"}.get(role, role)
+        title = {"loss": "criterion"}.get(role, role)
+        body["made"][title], bound, name = _call(name, **bound), {}, title
     if role == "loss":
         del tensors["target"]
         body["values"] = _call(name, Code("output"), Code("y[rows]"), **tensors, **bound)
     elif role == "weighting" or (role == "selector" and mark_of(part).options["weighs"]):
-        body["weights"] = _call(name, Code("values.detach()"), **tensors, **bound)
+        body["weights"].append(_call(name, Code("values.detach()"), **tensors, **bound))
     elif role == "optimizer":
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         base = {"base": Code("torch.optim.AdamW")} if "base" in parameters else {}
-        rates = {rate: setting[rate] for rate in ("lr", "weight_decay") if takes_any or rate in parameters}
-        body["optimizer"] = _call(name, Code("model.parameters()"), **base, **rates, **bound)
+        taken = {rate: value for rate, value in rates.items() if takes_any or rate in parameters}
+        body["optimizer"] = _call(name, Code("model.parameters()"), **base, **taken, **bound)
     elif role == "procedure":
-        body["made"] = _call(f"{name}.build", Code("network"), Code("loss"), Code("facts"), **setting["hyper"])
+        made = _call(f"{name}.build", Code("network"), Code("loss"), Code("facts"), **entry["hyper"])
+        body["made"]["model"] = made
         body["facts"] = _literal(dict(facts))
-        body["grouped"] = "num_groups" in facts
+        body["grouped"] |= "num_groups" in facts
         body["needed"].add("lossary.roles.advance")
 
 

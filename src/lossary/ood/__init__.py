@@ -1,18 +1,29 @@
-"""Strange inputs: a score for each, higher meaning more unusual.
+"""Out of distribution: detectors of inputs that the training data were not like.
 
-Most detectors look at a trained network's features and need no outliers. The engine, `_gaussian`, reduces
-features to class means and the covariance that all classes share, adds batches and classes exactly, and whitens
-once, after which distances to all classes are one matrix product. Every detector has `fit(features, labels)`
-and `anomaly_score(x)`, and answers arrays with arrays and tensors with tensors.
+Features come from a network in one pass: `FeatureTap(model, layers)` collects chosen layers and the logits, and every
+detector works on what it gives, arrays or tensors. The engines beneath: `_gaussian` (class means, the covariance that
+classes share, whitening; moments of batches add up exactly), `_subspace` (principal axes of the covariance between
+classes or of all), `_baselines` (largest softmax and logit, energy, nearest neighbours, ViM). Higher scores mean more
+unusual; a threshold is yours to set, on data of your own.
 
 | Your trouble | Try first | Then |
 |---|---|---|
-| inputs from elsewhere, noise, a broken sensor | `MahalanobisDetector` on the last features | several layers |
-| adversarial inputs | `MahalanobisDetector` on several layers, with `fit_weights` | `perturbed_features` |
-| new classes keep arriving, training again is dear | `MahalanobisClassifier`, `partial_fit` | |
-| which detector is better | `tnr_at_tpr` | |
+| inputs of another kind, noise, corruption | `MahalanobisDetector` on several layers | `WDiscOOD` |
+| new classes that resemble the old ones | nearest neighbours or `MahalanobisDetector` | `NECO`, after long training |
+| nothing but features of one kind | `MahalanobisDetector` with one class | `MeanShiftOutlierScorer`, `HypOC` |
+| you train the embedding yourself | cross-entropy, and a detector on it | `PALMLoss` where a class has several kinds |
+| strange pixels, not images | `maxquery_score` on a mask transformer | `query_distribution_loss` |
+| the world shifts while the detector runs | a few labelled samples of each domain | `MetaOODLearner` |
+| what will the network answer far away? | `extrapolation_table`: drift to the best constant | `ocs_abstention_policy` |
+| several labels a picture, and strange pictures | `FathomNetScore` | |
+
+What we found, on small tasks: simple distances are hard to beat. Mahalanobis and nearest neighbours were as good as, or
+better than, the later scores tried against them (NECO and ConjNorm by tenths of a point to points, WDiscOOD on a
+language model's features); trained embeddings (PALM, Hyp-OC) did not pay on digits; an autoencoder's mean-shift score
+fell behind the distance to neighbours. What held: detection grows as a network collapses, networks drift to the best
+constant far away, and its drift makes choices by predicted reward cautious.
 """
 
 from lossary.catalogue import lazy_room
 
-__getattr__, __dir__ = lazy_room(__name__)
+__getattr__, __dir__ = lazy_room(__name__, {"FeatureTap": "lossary.ood._features"})

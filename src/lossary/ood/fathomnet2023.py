@@ -17,7 +17,7 @@ from lossary.roles import measure
 PAPER = Paper(
     title="The FathomNet2023 Competition Dataset",
     year=2023,
-    helps=("strange-inputs", "train-test-shift"),
+    helps=(),
     departs=(
         "the metrics; neither the images nor a loader for them",
         "average precision is divided by the number of true labels, at most k, as in the competition's code; its text"

@@ -103,8 +103,10 @@ def stacked_mlp(sizes: Sequence[int], seeds: Seeds, *, activation: str = "relu")
 
 
 @task(version=1)
-def small_cnn(classes: int, *, generator: Generator, channels: tuple[int, int] = (16, 32)) -> nn.Sequential:
-    """A plain convolutional network for one seed: (batch, 1, h, w), h and w from 8 to 28, to (batch, classes).
+def small_cnn(
+    classes: int, *, generator: Generator, channels: tuple[int, int] = (16, 32), colours: int = 1
+) -> nn.Sequential:
+    """A plain convolutional network for one seed: (batch, colours, h, w), h and w from 8 to 32, to (batch, classes).
 
     Twice a 3x3 convolution, ReLU and 2x2 max-pooling, then averages over 2x2 regions and a linear layer.
 
@@ -112,10 +114,11 @@ def small_cnn(classes: int, *, generator: Generator, channels: tuple[int, int] =
         classes: width of the output.
         generator: of the initial weights, drawn as torch's layers would.
         channels: of the two convolutions.
+        colours: channels of the pictures.
     """
     first, second = channels
     return nn.Sequential(
-        _drawn(nn.Conv2d(1, first, 3, padding=1, device="meta"), generator),
+        _drawn(nn.Conv2d(colours, first, 3, padding=1, device="meta"), generator),
         nn.ReLU(),
         nn.MaxPool2d(2),
         _drawn(nn.Conv2d(first, second, 3, padding=1, device="meta"), generator),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -26,7 +27,7 @@ def fit(
     x: Tensor,
     y: Tensor,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     seeds: Seeds,
     steps: int,
     batch: int = 64,
@@ -49,7 +50,7 @@ def fit(
         model: (S, batch, ...) to (S, batch, ...): `stacked_mlp`, or any models joined by `per_seed`.
         x: (N, ...) shared by the seeds, or (S, N, ...).
         y: (N, ...) or (S, N, ...), whatever `x` is; labels may differ by seed.
-        loss: loss(z, y) gives the values (S, batch), not reduced.
+        loss: loss(z, y) gives the values (S, batch), not reduced. One that names `index` is handed it, see `weighting`.
         seeds: stream "order".
         steps: optimizer steps.
         batch: rows of each seed in a step.
@@ -91,13 +92,14 @@ def fit(
 
     one = weighting[0] if isinstance(weighting, PerSeed) else weighting
     named = asked(one, dict.fromkeys(("target", "group", "index"))) if one is not None else {}
+    indexed = "index" in signature(_call(loss[0] if isinstance(loss, PerSeed) else loss)).parameters
 
     @torch.enable_grad()
     def objective(index: Tensor) -> Tensor:
         made.zero_grad()
         rows = train.gather(1, index)
         inputs, target = x_rows(rows), y_rows(rows)
-        values = loss(model(inputs), target)
+        values = loss(model(inputs), target, **({"index": index} if indexed else {}))
         if values.shape != index.shape:
             raise ValueError(f"loss: expected values per sample, {tuple(index.shape)}, got {tuple(values.shape)}")
         if weighting is not None:
@@ -112,6 +114,10 @@ def fit(
     model.train()
     for index in islice(batches, steps):
         made.step(partial(objective, index.to(x.device)))
+
+
+def _call(part: Any) -> Any:
+    return getattr(part, "forward", part)
 
 
 class PerSeed(nn.Module):
