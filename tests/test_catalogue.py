@@ -115,7 +115,7 @@ def test_a_file_without_a_paper_is_refused(package):
         ("polyloss", {"polyloss"}),
         ("group dro", {"group-dro"}),
         ("noisy labels", {"ldr-loss", "comp-sum-loss", "compress-feat-noisy-labels"}),
-        ("spurious correlation", {"group-dro"}),
+        ("spurious correlation", {"group-dro", "subsample-tail-geometry"}),
         ("strange inputs", {"mahalanobis-ood"}),
         ("overlapping boxes nms", {"soft-nms"}),
         ("sharpness", {"sam"}),

@@ -120,7 +120,7 @@ def held(paper: Entry) -> float:
 def search(query: str, found: Iterable[Entry] | None = None) -> list[Entry]:
     """Papers that match the query, best first. Each gains `score` and `why`, the words or symptoms that matched.
 
-    Of papers that claim to help with what is asked, those of whose claims a larger share held come first.
+    Of papers that match alike, those of whose claims a larger share held come first.
     """
     papers = list(entries() if found is None else found)
     documents = [_document(paper) for paper in papers]
@@ -131,12 +131,12 @@ def search(query: str, found: Iterable[Entry] | None = None) -> list[Entry]:
     for paper, document in zip(papers, documents, strict=True):
         symptoms = [s for s in asked if s in paper["helps"]]
         words = [t for t in dict.fromkeys(terms) if t in document]
-        score = (12.0 + 2.0 * held(paper)) * len(symptoms) + sum(rarity[t] * document[t] for t in words)
+        score = 12.0 * len(symptoms) + sum(rarity[t] * document[t] for t in words)
         if paper["id"] == query.strip().lower().replace("_", "-"):
             score += 100.0
         if score:
             hits.append({**paper, "score": round(score, 3), "why": symptoms + [w for w in words if w not in symptoms]})
-    return sorted(hits, key=lambda hit: (-hit["score"], hit["id"]))
+    return sorted(hits, key=lambda hit: (-hit["score"], -held(hit), hit["id"]))
 
 
 def lazy_room(

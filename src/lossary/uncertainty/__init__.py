@@ -19,12 +19,13 @@ calibration; `_dirichlet` and `_normal_wishart` hold what evidential networks sh
 | how wide is the interval? | quantile models with `conformalize_quantiles` | `DeepQuantileAggregator` over several |
 | a target with several modes | `R2CCPRegressor`, whose sets may have gaps | |
 | several targets at once | `SpaceTransformedDQR` | |
-| does the network know that it does not know? | an ensemble | `EvidentialMSELoss` and its kin, with care |
-| noise in the input | `propagate_distribution` through the network | |
-| noise that differs from place to place | `beta_nll_loss` | `SNRWeightedMSELoss` |
+| does the network know that it does not know? | an ensemble | `evidential_mse_loss` and its kin, with care |
+| noise in the input | `propagate_distribution` through the network | `GaussianSDP` |
+| noise that differs from place to place | `beta_nll_loss` | `snr_weighted_mse_loss` |
 | times until an event, some censored | `APGWRegressor` | |
-| a survival curve of private records | `DPKaplanMeierFitter("counts")` | |
+| a survival curve of private records | `DPKaplanMeierFitter`, noise on counts | |
 | a new prior for every question | `DistributionTransformer` | |
+| a model that can only be drawn from | `sequential_cross_entropy_loss` | `black_box_squared_loss` |
 
 What we found, on small tasks: what conformal methods promise holds, at every level tried. One temperature is hard to
 beat: correctness-aware calibrators did not beat it under noise, and masks made it worse. Centroid deferral fell behind
