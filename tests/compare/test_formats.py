@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lossary.compare.encode import Encoder
-from lossary.compare.load import limits, load
+from lossary.compare.load import limits, load, rows_of
+from lossary.errors import BadInput
 from tests.compare.test_load import refused
 
 pa = pytest.importorskip("pyarrow")
@@ -359,6 +360,8 @@ class TestImages:
         assert problem.task == "classes"
         assert problem.classes[:2] == ("000", "001")
         assert load(tmp_path, task="ordinal").classes[7] == "007"
+        ages = load(tmp_path, task="real")
+        assert ages.target.tolist() == [float(name.split("/")[0]) for name in ages.ids]
 
     def test_train_and_test(self, folder, tmp_path):
         folder(grey, "sets/train")
@@ -464,6 +467,49 @@ class TestDatasets:
         refused("no column 'label'", "'y'", source=Pairs(*[pair] * ROWS), target="label")
 
 
+class TestRowsToPredict:
+    """The columns of rows without a target, under the names that a model has learned."""
+
+    @pytest.mark.parametrize("name", WRITERS)
+    def test_tables(self, name, tmp_path):
+        path = tmp_path / name
+        WRITERS[name](frame(), path)
+        learned = load(path, target="y").features
+        WRITERS[name](frame().drop(columns="y"), path)
+        pd.testing.assert_frame_equal(rows_of(path), learned)
+
+    def test_text_that_looks_like_numbers(self, tmp_path):
+        (tmp_path / "data.csv").write_text("code,size\n007,1\n010,2\n")
+        assert rows_of(tmp_path / "data.csv", words=["code"])["code"].tolist() == ["007", "010"]
+        assert rows_of(tmp_path / "data.csv")["code"].tolist() == [7, 10]
+
+    def test_arrays_and_embeddings(self, tmp_path):
+        x = np.random.default_rng(0).normal(size=(5, 2, 3, 2)).astype(np.float32)
+        np.savez(tmp_path / "data.npz", x=x)
+        np.testing.assert_array_equal(rows_of(tmp_path / "data.npz", shape=(2, 3, 2)), x.reshape(5, 12))
+        with pytest.raises(BadInput, match=r"\(2, 3, 2\).*\(1, 3, 2\)"):
+            rows_of(tmp_path / "data.npz", shape=(1, 3, 2))
+        np.save(tmp_path / "e.npy", x[:, 0, 0])
+        found = rows_of(frame(5), embeddings=tmp_path / "e.npy")
+        assert list(found)[-2:] == ["embeddings[0]", "embeddings[1]"]
+
+    def test_images_take_the_form_that_was_learned(self, folder, tmp_path):
+        problem = load(folder(grey))
+        (tmp_path / "new" / "more").mkdir(parents=True)
+        for n, (place, size) in enumerate([("new", (8, 6)), ("new/more", (16, 12))]):
+            values = np.kron(grey(0, n), np.ones((size[0] // 8, size[1] // 6))).astype(np.uint8)
+            Image.fromarray(np.stack([values] * 3, axis=-1)).save(tmp_path / place / f"{n}.png")
+        found = rows_of(tmp_path / "new", shape=problem.shape)
+        assert found["file"].tolist() == ["0.png", "more/1.png"]
+        assert list(found)[-48:] == list(problem.features)
+        np.testing.assert_allclose(found.iloc[0, -48:].astype(float), problem.features.iloc[0], rtol=1e-6)
+
+    def test_too_many(self, monkeypatch):
+        monkeypatch.setattr(limits, "MOST_CELLS", 300)
+        with pytest.raises(BadInput, match="100 rows are too many"):
+            rows_of(frame(100))
+
+
 @pytest.fixture(scope="module")
 def datasets():
     found = pytest.importorskip("datasets")
@@ -496,6 +542,14 @@ class TestSaved:
         assert (labels.task, labels.classes) == ("multilabel", ("beak", "wing"))
         assert labels.target[:3].tolist() == [[0, 1], [1, 1], [0, 0]]
         refused("'part'", "--drop 'part'", source=tmp_path / "data")
+
+    def test_class_labels_that_are_numbers_may_be_features(self, datasets, tmp_path):
+        kinds = {"y": datasets.Value("string"), "kind": datasets.ClassLabel(names=["10", "20"])}
+        made = datasets.Dataset.from_dict(
+            {"y": ["no", "yes"] * 30, "kind": [0, 1, 1] * 20}, features=datasets.Features(kinds)
+        )
+        made.save_to_disk(str(tmp_path / "data"))
+        assert load(tmp_path / "data", target="y").features["kind"][:3].tolist() == ["10", "20", "20"]
 
     def test_images_and_splits(self, datasets, tmp_path):
         kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})

@@ -614,6 +614,12 @@ class TestTestRows:
         problem = load(first, target="y", test=table(stray.to_csv(index=False), name="stray.csv"))
         assert np.isnan(problem.features["size"][60])
 
+    def test_a_row_of_the_test_is_named_as_such(self, table):
+        size = np.arange(100) / 8
+        size[63] = np.inf
+        first, other, _ = self.split(table, size=size)
+        refused("'size'", "row 4 of the test", source=first, test=other)
+
     def test_codes_of_digits_stay_words(self, table):
         """In the first file some codes have letters; the other file's look like numbers, and are not."""
         code = [f"{i % 3}A" if i % 2 else f"0{i % 5}" for i in range(60)] + [f"0{i % 5}" for i in range(40)]

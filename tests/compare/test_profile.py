@@ -274,7 +274,9 @@ class TestMissingLabels:
         target = np.zeros((100, 2), dtype=np.int64)
         target[:5] = 1
         said = missing_positives(look(problem(np.random.default_rng(0).normal(size=(100, 2)), target, "multilabel")))
-        assert said == "Missing labels were not measured: no label is in 30 rows or more."
+        assert said == "Missing labels were not measured: every label is in fewer than 30 rows."
+        few = problem(np.random.default_rng(0).normal(size=(100, 2)), (np.arange(100) < 20).astype(np.int64))
+        assert missing_positives(look(few)) == "Missing labels were not measured: a class has fewer than 30 rows."
 
     def test_rows_without_a_target(self, tmp_path):
         frame = pd.DataFrame({"x": np.sin(np.arange(300.0)), "y": ["up", "down"] * 150})
@@ -680,7 +682,7 @@ class TestSize:
 
     def test_steep(self):
         rng = np.random.default_rng(0)
-        x = rng.normal(size=(1500, 300))
+        x = rng.normal(size=(1000, 200))
         y = (x.sum(1) > 0).astype(np.int64)
         assert alarm(few_labels(look(problem(x, y))))
 

@@ -349,6 +349,20 @@ def test_numbers_are_those_of_the_records(pages):
     assert "true \\ predicted" not in words
 
 
+@pytest.mark.parametrize(
+    ("reading", "said"),
+    [
+        ({"test": None, "time": None}, "89 of 442 rows were locked away"),
+        ({"test": "later.csv", "time": "day"}, "The test rows, 89, were locked away"),
+        ({"test": None, "time": "day"}, "The latest 89 rows were locked away"),
+    ],
+)
+def test_says_which_rows_were_locked(reading, said):
+    c = regression()
+    bare = replace(c, data={**c.data, "reading": reading}, curves={}, trust={}, arms=c.arms[:1], confirmation=None)
+    assert said in Page(report.html(bare)).text
+
+
 def test_works_offline_and_runs_nothing(pages):
     for text, page in pages.values():
         assert not page.having("script")

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from lossary.compare.metrics import Metric
+from lossary.compare.metrics import Metric, level
 from lossary.compare.problem import Problem
 from lossary.compare.result import ArmResult, Confirmation, Interval
 from lossary.compare.statistics import over_rows, too_few
@@ -78,11 +78,11 @@ def own_answer(finalist: ArmResult | None, metric: Metric) -> str:
         return ""
     effect = finalist.against_own
     verdict = (
-        f"{finalist.name} improved on the same network without it"
+        f"{finalist.name} improved on the same model without it"
         if effect.low > 0
-        else f"{finalist.name} was worse than the same network without it"
+        else f"{finalist.name} was worse than the same model without it"
         if effect.high < 0
-        else f"whether {finalist.name} improves on the same network without it is open"
+        else f"whether {finalist.name} improves on the same model without it is open"
     )
     difference = amount(effect.difference, effect, metric, sign=True)
     return f"On the search rows, exploratory: {verdict}: {difference} in {metric.name} (95% interval {bounds(effect)})."
@@ -137,10 +137,12 @@ def curves(
         elif locked.task == "real":
             predicted, observed = values, np.broadcast_to(target, values.shape)
         else:
-            predicted, observed = np.exp(values.max(-1)), values.argmax(-1) == target
+            chosen = level(values) if locked.task == "ordinal" else values.argmax(-1)
+            predicted = np.exp(np.take_along_axis(values, chosen[..., None], -1))[..., 0]
+            observed = chosen == target
         found["reliability"][name] = _bins(predicted.ravel(), observed.ravel(), len(values))
         if locked.task in ("classes", "ordinal"):
-            pairs = np.bincount(target * classes + values[0].argmax(-1), minlength=classes**2)
+            pairs = np.bincount(target * classes + chosen[0], minlength=classes**2)
             found.setdefault("confusion", {})[name] = pairs.reshape(classes, classes).tolist()
     return found
 

@@ -51,8 +51,9 @@ class Model:
         held: which labels hold in the calibration rows.
         distances: of the calibration rows, ascending.
         temperature: 1 before calibration.
-        checked: what the other half of the locked rows tells: `rows`, `alpha`, `coverage` with `low` and `high`, `size`
-            (classes in a set, or width), and for classes `calibration_error` before and after.
+        checked: what the other half of the locked rows tells: `rows`, `alpha`, `coverage` (share of rows, of labels
+            the mean share of a row's that its set holds) with `low` and `high`, `size` (classes in a set, or width),
+            and for classes `calibration_error_before` and `_after`.
     """
 
     name: str
@@ -105,14 +106,16 @@ class Model:
             sets = self.sets(said, ALPHA)
             found["size"] = float(sets.sum(1).mean())
             if self.task == "multilabel":
-                hit, true = (sets & (rows.target == 1)).sum(), (rows.target == 1).sum()
-                return {**found, "coverage": float(hit / max(true, 1))}
+                missed = ((rows.target == 1) & ~sets).sum(1) / np.maximum((rows.target == 1).sum(1), 1)
+                half = 1.96 * missed.std(ddof=1) / np.sqrt(len(rows))
+                kept = 1 - float(missed.mean())
+                return {**found, "coverage": kept, "low": max(0.0, kept - half), "high": min(1.0, kept + half)}
             hits = sets[np.arange(len(rows)), rows.target]
             for when, chance in (("before", np.exp(said)), ("after", calibrated(said, self.temperature))):
                 right = chance.argmax(1) == rows.target
                 found[f"calibration_error_{when}"] = expected_calibration_error(chance.max(1).clip(0, 1), right)
         interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="wilson")
-        return {**found, "coverage": float(hits.mean()), "low": interval.low, "high": interval.high}
+        return {**found, "coverage": float(hits.mean()), "low": float(interval.low), "high": float(interval.high)}
 
     def sets(self, said: NDArray[np.float64], alpha: float) -> NDArray[np.bool_]:
         """Which classes or labels belong to each row's set, (n, classes)."""

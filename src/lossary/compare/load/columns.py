@@ -216,7 +216,16 @@ def features(frame: pd.DataFrame, targets: Sequence[NDArray[Any]], place: Place,
         targets: the target, or each label.
         place: says where a row stands.
     """
-    empty = [name for name in frame if frame[name].isna().all()]
+    frame = frame.copy(deep=False)
+    for name in [name for name in frame if mixed(frame[name])]:
+        odd = frame[name][strays(frame[name])]
+        notes.append(
+            f"Column {quote(name)}: {count(len(odd), 'entry')} among numbers, such as {quote(odd.iloc[0])}, "
+            "read as missing."
+        )
+        frame[name] = pd.to_numeric(frame[name], errors="coerce")
+    gaps = frame.isna().sum()
+    empty = [name for name in frame if gaps[name] == len(frame)]
     if empty:
         flags = " ".join(f"--drop {quote(name)}" for name in empty[:3])
         raise BadInput(
@@ -226,19 +235,12 @@ def features(frame: pd.DataFrame, targets: Sequence[NDArray[Any]], place: Place,
     constant = [name for name in frame if distinct[name] == 1]
     if constant:
         notes.append(f"Constant, so left out: {listed(constant)}.")
-    frame = frame.drop(columns=constant)
-    for name in [name for name in frame if mixed(frame[name])]:
-        odd = frame[name][strays(frame[name])]
-        notes.append(
-            f"Column {quote(name)}: {count(len(odd), 'entry')} among numbers, such as {quote(odd.iloc[0])}, "
-            "read as missing."
-        )
-        frame[name] = pd.to_numeric(frame[name], errors="coerce")
+    frame, gaps = frame.drop(columns=constant), gaps.drop(constant)
 
     unique, wordy, telling = [], [], []
     codes = [pd.factorize(target)[0] for target in targets]
     for name, values in frame.items():
-        text, number = is_text(values), distinct[name] - values.hasnans
+        text, number = is_text(values), distinct[name] - (gaps[name] > 0)
         if values.dtype.kind in "uif":
             remedy = f"mend these rows or leave it out with --drop {quote(name)}"
             finite(values, f"column {quote(name)}", remedy, place)
@@ -257,7 +259,6 @@ def features(frame: pd.DataFrame, targets: Sequence[NDArray[Any]], place: Place,
         notes.append(f"Text with many values: {', '.join(wordy[:MOST_NAMED])}{more}.")
     if telling:
         notes.append(f"{listed(telling)} tells the target exactly: --drop it unless it is known before the target is.")
-    gaps = frame.isna().sum()
     if gaps.any():
         notes.append(f"Missing values in {count(int((gaps > 0).sum()), 'column')}, {int(gaps.sum())} in all.")
     return frame

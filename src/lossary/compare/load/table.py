@@ -279,8 +279,8 @@ def strays(text: pd.Series) -> pd.Series:
 
 
 def mixed(text: pd.Series) -> bool:
-    """Nearly all of it numbers."""
-    return is_text(text) and bool(strays(text).sum() <= (1 - limits.NUMERIC) * text.notna().sum())
+    """Nearly all of it numbers, but not all."""
+    return is_text(text) and 0 < strays(text).sum() <= (1 - limits.NUMERIC) * text.notna().sum()
 
 
 def is_text(values: pd.Series) -> bool:

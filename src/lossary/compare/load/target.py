@@ -106,6 +106,8 @@ def read(table: Table, names: Sequence[str], task: str | None, counted: NDArray[
 def _plain(table: Table, name: str, task: str | None, counted: NDArray[np.bool_], notes: list[str]) -> Target:
     """Classes or a number."""
     values = table.frame[name]
+    if task == "real" and is_text(values) and not strays(values).any():  # names of classes that are numbers
+        values = pd.to_numeric(values)
     what = f"target {quote(name)}"
     distinct, rows = values.nunique(), len(values)
     dates = values.dtype.kind == "M"

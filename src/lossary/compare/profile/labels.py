@@ -120,11 +120,14 @@ def missing_positives(seen: Seen) -> Measure | str | None:
         known = fits.target.sum(0)
         labels = [k for k in np.argsort(-known, kind="stable") if known[k] >= FEWEST_POSITIVES][:MOST_POSITIVES]
         if not labels:
-            return f"Missing labels were not measured: no label is in {FEWEST_POSITIVES} rows or more."
+            return f"Missing labels were not measured: every label is in fewer than {FEWEST_POSITIVES} rows."
         names = [problem.classes[fits.labels[k]] for k in labels]
         sides = [(fits.target[:, k] == 1, [family[:, :, k] for family in fits.predictions.values()]) for k in labels]
     else:
-        rarer = int(np.bincount(fits.target, minlength=2).argmin())
+        known = np.bincount(fits.target, minlength=2)
+        rarer = int(known.argmin())
+        if known[rarer] < FEWEST_POSITIVES:
+            return f"Missing labels were not measured: a class has fewer than {FEWEST_POSITIVES} rows."
         names = [problem.classes[rarer]]
         sides = [(fits.target == rarer, [family[:, :, rarer] for family in fits.predictions.values()])]
     rates = np.append(np.arange(0, 0.8, 0.03), MISSING)
