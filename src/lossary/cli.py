@@ -187,7 +187,8 @@ def predict(
     except ModuleNotFoundError as error:
         raise BadInput(f"predict: {error.name} is not installed; pip install 'lossary[compare]'") from None
     winner = saved.read(model)
-    features, notes = saved.columns_of(winner, rows_of(source), repr(source))
+    words = [name for name, kind in winner.columns.items() if kind.kind not in "biufM"]
+    features, notes = saved.columns_of(winner, rows_of(source, words=words, shape=winner.shape), repr(source))
     for note in notes:
         print(note, file=sys.stderr)
     found = winner.predict(features, with_sets=with_sets, alpha=alpha)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,17 @@ Found = tuple[Comparison, Path]
 
 
 @pytest.fixture(scope="module")
-def found(folder) -> dict[str, Found]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        made = {}
-        for name, case in CASES.items():
-            out = folder / f"{name} out"
-            made[name] = (compare(case.file, **case.options, protocol=TINY, seeds=2, workers=0, out=out), out)
-        return made
+def found(folder) -> Callable[[str], Found]:
+    """What comes of each case, and where."""
+
+    @cache
+    def of(name: str) -> Found:
+        case, out = CASES[name], folder / f"{name} out"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            return compare(case.file, **case.options, protocol=TINY, seeds=2, workers=0, out=out), out
+
+    return of
 
 
 def locked_rows(case: Case) -> tuple[Problem, NDArray[np.int64], NDArray[np.int64]]:
@@ -177,7 +181,7 @@ def locked_rows(case: Case) -> tuple[Problem, NDArray[np.int64], NDArray[np.int6
 
 @pytest.mark.parametrize("name", CASES)
 def test_ends_in_an_answer_and_its_files(name, found):
-    comparison, out = found[name]
+    comparison, out = found(name)
     case = CASES[name]
     assert {"report.html", "result.json", "winner.py", "winner.joblib"} <= {file.name for file in out.iterdir()}
     assert comparison.metric["name"] == case.metric
@@ -198,18 +202,18 @@ def test_ends_in_an_answer_and_its_files(name, found):
 def printed(folder, found) -> dict[str, str]:
     """What each script prints, run by itself in the folder of the data."""
     run = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path, run_name='__main__')"
-    paths = [str(out / "winner.py") for _, out in found.values()]
+    paths = [str(out / "winner.py") for _, out in map(found, CASES)]
     done = subprocess.run(
         [sys.executable, "-c", run, *paths], capture_output=True, text=True, cwd=folder, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr
-    return dict(zip(found, done.stdout.splitlines(), strict=True))
+    return dict(zip(CASES, done.stdout.splitlines(), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_script_scores_what_the_setting_gives(name, folder, found, printed, monkeypatch):
     monkeypatch.chdir(folder)
-    comparison, case = found[name][0], CASES[name]
+    comparison, case = found(name)[0], CASES[name]
     problem, search, locked = locked_rows(case)
     arm = winning(comparison)
     made = train(problem.rows(search), arm.setting, label_noise=comparison.profile.label_noise)
@@ -227,7 +231,7 @@ def test_the_script_scores_what_the_setting_gives(name, folder, found, printed, 
 @pytest.mark.parametrize("name", CASES)
 def test_the_winner_predicts_a_line_for_each_row(name, folder, found, monkeypatch):
     monkeypatch.chdir(folder)
-    comparison, out = found[name]
+    out = found(name)[1]
     case = CASES[name]
     done = CliRunner().invoke(app, ["predict", str(out), case.file, "--with-sets", "--out", "told.csv"])
     assert done.exit_code == 0, done.output
@@ -258,10 +262,10 @@ def test_the_winner_predicts_a_line_for_each_row(name, folder, found, monkeypatc
 
 def test_what_the_user_brought_is_held_against_the_winner(found, folder):
     """The other model's score on the locked rows, by scikit-learn."""
-    comparison = found["binary"][0]
+    comparison = found("binary")[0]
     rows = pd.read_csv(folder / "tumours.csv")
     told = pd.read_csv(folder / "brought.csv").set_index("case").loc[rows.case]
-    locked = np.loadtxt(found["binary"][1] / "locked_rows.txt", dtype=int)
+    locked = np.loadtxt(found("binary")[1] / "locked_rows.txt", dtype=int)
     score = 100 * roc_auc_score(rows.diagnosis.iloc[locked] == "malignant", told["malignant"].iloc[locked])
     against = comparison.brought["against"]
     assert against["scores"][1] == pytest.approx(score)
@@ -271,10 +275,10 @@ def test_what_the_user_brought_is_held_against_the_winner(found, folder):
 def test_rows_are_locked_as_asked(found, folder):
     """Those of the oldest patients, and whole writers."""
     ages = pd.read_csv(folder / "diabetes.csv").age
-    late = ages.index.isin(np.loadtxt(found["regression"][1] / "locked_rows.txt", dtype=int))
+    late = ages.index.isin(np.loadtxt(found("regression")[1] / "locked_rows.txt", dtype=int))
     assert ages[late].min() > ages[~late].max()
     writers = np.arange(500) // 10
-    held = np.isin(np.arange(500), np.loadtxt(found["multilabel"][1] / "locked_rows.txt", dtype=int))
+    held = np.isin(np.arange(500), np.loadtxt(found("multilabel")[1] / "locked_rows.txt", dtype=int))
     assert not set(writers[held]) & set(writers[~held])
 
 

@@ -45,7 +45,7 @@ class Model:
 
     Attributes:
         name, task, target, classes: the arm's, and those of the data.
-        columns: names and types of the columns that it was trained on.
+        columns, shape: names and types of the columns that it was trained on, and the shape of an image.
         encoder, fitted, detector: what was fitted.
         scores: of the calibration rows, for sets and intervals; (rows,), or of labels (rows, labels) with `held`.
         held: which labels hold in the calibration rows.
@@ -61,6 +61,7 @@ class Model:
     target: str
     classes: tuple[str, ...]
     columns: dict[str, Any]
+    shape: tuple[int, ...]
     encoder: Encoder
     fitted: Fitted
     detector: MahalanobisDetector
@@ -192,6 +193,7 @@ def train(
         target=problem.target_name,
         classes=problem.classes,
         columns={str(column): kind for column, kind in problem.features.dtypes.items()},
+        shape=problem.shape,
         encoder=encoder,
         fitted=fitted(setting, fold, Seeds((seed,))),
         detector=MahalanobisDetector(ridge=RIDGE).fit(x.astype(np.float64), kinds),
