@@ -64,18 +64,18 @@ def test_killed_at_random_moments_it_ends_like_a_run_left_alone(found, table, tm
         while alive(running.pid) and time.monotonic() < until:
             time.sleep(0.05)
         assert not alive(running.pid), "its workers outlive it"
-    subprocess.run(command, check=True, timeout=120)
+    # The profile tells of its own steps; between the commit of a job and the word of it a kill may fall.
+    arms = {arm.name for arm in found.arms}
+    told = sum(line.split(" ", 2)[2] in arms for line in Path(f"{out}.told").read_text().splitlines())
+    assert len(kept) - kills <= told <= len(kept)
+
+    rest: list[str] = []
+    finished = compare(
+        table, target="y", arms=ARMS, seeds=2, protocol=TINY, out=out, workers=0, progress=lambda *s: rest.append(s[2])
+    )
     last = committed(out / "cells.sqlite")
     assert {key: last[key] for key in kept} == kept
-    # Between the commit and the word of it a kill may fall.
-    told = len(Path(f"{out}.told").read_text().splitlines())
-    assert len(last) - kills <= told <= len(last)
-
-    again: list[object] = []
-    finished = compare(
-        table, target="y", arms=ARMS, seeds=2, protocol=TINY, out=out, workers=0, progress=lambda *s: again.append(s)
-    )
-    assert not again
+    assert sum(name in arms for name in rest) == len(last) - len(kept)
     assert without_times(finished) == without_times(found)
 
 
@@ -91,9 +91,9 @@ def peak(command: list[object]) -> float:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_cells(tmp_path):
-    """A fold here is 6 MB: twenty more of them that stayed would be 120 MB."""
+    """A fold is 5 MB when encoded: twenty more of them that stayed would be 100 MB."""
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame(rng.normal(size=(8000, 60)).round(3)).add_prefix("c").assign(y=rng.integers(2, size=8000))
+    frame = pd.DataFrame(rng.normal(size=(8000, 160)).round(3)).add_prefix("c").assign(y=rng.integers(2, size=8000))
     frame.to_parquet(tmp_path / "data.parquet")
     few = vars(TINY) | {"folds": 5, "partitions": 2, "steps": 5, "settings": 1, "tune_splits": 1}
     peaks = []
@@ -101,4 +101,4 @@ def test_memory_does_not_grow_with_the_cells(tmp_path):
         file = program(tmp_path, few | {"partitions": partitions}, PROGRAM.replace("workers=2", "workers=0"))
         peaks.append(peak([sys.executable, file, tmp_path / "data.parquet", tmp_path / str(partitions), "network,sam"]))
         assert len(committed(tmp_path / str(partitions) / "cells.sqlite")) == 2 + 2 * 5 * partitions + 2
-    assert peaks[1] <= 1.1 * peaks[0] + 20, peaks
+    assert peaks[1] <= 1.05 * peaks[0], peaks

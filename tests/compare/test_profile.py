@@ -344,6 +344,9 @@ class TestStrangeRows:
         x[:100, 2] += 15
         assert strange_rows(look(problem(x, x[:, 0]))).value == pytest.approx(0.1, abs=0.005)
 
+    def test_pixels_that_are_nearly_always_black(self, digits):
+        assert strange_rows(look(digits)).value == 0
+
     @pytest.mark.parametrize("law", ["lognormal", "laplace", "poisson", "rare marks", "uniform"])
     def test_ordinary_tables(self, law):
         """Heavy columns, counts, and columns that are nearly always 0."""
@@ -529,6 +532,14 @@ class TestUnevenErrors:
         fifths = np.array_split(np.exp(strength * norm.ppf((np.arange(20000) + 0.5) / 20000)), 5)
         assert found.low < fifths[-1].mean() / fifths[0].mean() < found.high
         assert alarm(found) == (strength > 0)
+
+    def test_a_slight_slope_is_no_alarm(self):
+        """A third more in the noisiest fifth: beyond doubt, but below what is raised."""
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(4000, 3))
+        found = uneven_errors(look(problem(x, x[:, 0] + rng.normal(size=4000) * np.exp(0.1 * x[:, 1]))))
+        assert 1 < found.low < found.high < 1.6
+        assert not alarm(found)
 
     def test_heavy_noise_does_not_drown_it(self):
         rng = np.random.default_rng(0)

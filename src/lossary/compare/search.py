@@ -21,7 +21,7 @@ import lossary
 from lossary import tasks
 from lossary.compare.arms import Arm, stack
 from lossary.compare.cells import Bench, Job, Outcome, Protocol
-from lossary.compare.metrics import Metric
+from lossary.compare.metrics import Metric, source
 from lossary.compare.statistics import over_cells
 from lossary.compare.store import Store, digest
 from lossary.tasks import Seeds, run_all, warm
@@ -74,7 +74,9 @@ class Work:
 
     def key(self, job: Job) -> str:
         """Everything that a job's outcome depends on, in one hash."""
-        return digest([*self._base, asdict(job)])
+        model = job.setting.get("model", "")
+        own = [source(model)] if ":" in model else []  # an edit of the user's network counts
+        return digest([*self._base, *own, asdict(job)])
 
     def finish(self, jobs: Sequence[Job]) -> list[Outcome]:
         """The jobs' outcomes, in their order."""

@@ -433,7 +433,8 @@ def _optimizer(part: Any, setting: Setting, hyper: Mapping[str, Any]) -> Callabl
     asked = inspect.signature(part).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in asked.values())
     options = {name: setting[name] for name in ("lr", "weight_decay") if takes_any or name in asked}
-    own = {name: value for name, value in (("base", _adamw), ("replicas", True)) if name in asked}
+    stacked = setting["model"] == "mlp"  # others are trained one by one
+    own = {name: value for name, value in (("base", _adamw), ("replicas", stacked)) if name in asked}
     return partial(part, **{**own, **options, **hyper})
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,6 +28,8 @@ from lossary.errors import BadInput
 from lossary.roles import mark_of
 from lossary.tasks import Seeds
 from lossary.tasks.models import ACTIVATIONS
+
+DATA = "data.joblib"  # rows that came from Python, for the script to read
 
 
 class Code(str):
@@ -75,6 +78,8 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(script(comparison, problem, seed=seed), "utf-8")
+        if _in_memory(comparison, problem):
+            joblib.dump(problem, path.with_name(DATA), compress=3)
         np.savetxt(path.with_name("locked_rows.txt"), locked, fmt="%d")
     except OSError as error:
         raise BadInput(f"--out: cannot write to {str(out)!r} ({error.strerror}); choose another folder") from None
@@ -138,7 +143,11 @@ def script(comparison: Comparison, problem: Problem, *, seed: int = 0) -> str:
 
 def _harness(comparison: Comparison, arm: ArmResult, problem: Problem, seed: int) -> dict[str, Any]:
     """A script that calls the harness."""
-    given = {name: value for name, value in comparison.data.get("reading", {}).items() if value not in (None, (), [])}
+    given = {name: value for name, value in comparison.data.get("reading", {}).items() if _is_given(value)}
+    for file in {"embeddings", "test"} & given.keys():
+        given[file] = _absolute(given[file])
+    arguments = [_literal(_absolute(problem.source)), *(f"{key}={_literal(value)}" for key, value in given.items())]
+    memory = _in_memory(comparison, problem)
     metric, name = comparison.metric, comparison.metric["name"]
     if name == "cost":
         made, call = "cost", f"cost(np.array({_literal(metric['costs'])}))"
@@ -147,13 +156,31 @@ def _harness(comparison: Comparison, arm: ArmResult, problem: Problem, seed: int
     else:
         made, call = "named", f"named({_literal(name)})"
     return {
-        "reading": ", ".join([_literal(problem.source), *(f"{key}={_literal(value)}" for key, value in given.items())]),
+        "reading": f'joblib.load(Path(__file__).with_name("{DATA}"))' if memory else f"load({', '.join(arguments)})",
+        "memory": memory,
+        "own": next((value for value in (arm.setting.get("model", ""), metric.get("asked", "")) if ":" in value), ""),
         "setting": _literal({**arm.setting, "parts": _bare(arm.setting)}),
         "metric": call,
         "made": made,
         "seed": seed,
         "label_noise": repr(comparison.profile.label_noise),
     }
+
+
+def _is_given(value: Any) -> bool:
+    return isinstance(value, str | Path) or bool(isinstance(value, tuple | list) and value)
+
+
+def _absolute(file: Any) -> str:
+    """A file's full path, so that the script runs anywhere; the name of a bundled set as it is."""
+    return str(file) if file in BUNDLED or not os.path.exists(file) else os.path.abspath(file)
+
+
+def _in_memory(comparison: Comparison, problem: Problem) -> bool:
+    """Whether the rows, or those of the test, came from Python and not from a file."""
+    test = comparison.data.get("reading", {}).get("test")
+    named = problem.source in BUNDLED or os.path.exists(problem.source)
+    return not named or not (test is None or isinstance(test, str | Path))
 
 
 def _bare(setting: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -109,8 +109,8 @@ def missing_positives(seen: Seen) -> Measure | str | None:
     Were every label recorded, a label would be there in nearly every row in which a model is surest of it. So the cap
     of the psychometric curve of `overlap_misfit`, on the side of the label alone, estimates the share that is missing,
     if what is missing is missing at random. Of a multilabel target each of the commonest labels has a curve of its own
-    and all share the rate; of two classes the rarer one is taken for the label, and must be missing more often than
-    the other is.
+    and all share the rate; of two classes the rarer one is taken for the label. Wrong labels on the other side too
+    make the estimate too low: they are for `disagreement`.
     """
     problem, several = seen.problem, seen.problem.task == "multilabel"
     if not several and (problem.task != "classes" or len(problem.classes) != 2):
@@ -135,12 +135,6 @@ def missing_positives(seen: Seen) -> Measure | str | None:
     value, low, p = _rate(list(curves.sum(0)), rates[:-1], MISSING)
     high = max(value, *(_bound(misfit[:-1], rates[:-1], last=True) for misfit in curves.sum(0)))
     each = [float(rates[:-1][of_label.sum(0)[:-1].argmin()]) for of_label in curves]
-    other = ""
-    if not several:
-        ((there, families),) = sides
-        back, *_ = _rate([_capped(1 - family, ~there, rates) for family in families], rates[:-1], MISSING)
-        if value and 2 * back >= value:
-            p, other = 1.0, " The other class is missing as often, which is rather labels that disagree."
     empty = (
         f"{int((~problem.target.any(1)).sum()):,} of {len(problem):,} rows carry no label at all. " if several else ""
     )
@@ -161,7 +155,7 @@ def missing_positives(seen: Seen) -> Measure | str | None:
         alarm=f"{empty}Even where both models are surest that a label applies, at least {low:.0%} of the rows lack it: "
         f"an absent label is no safe 'no'. {told}",
         calm=f"{empty}Where the models are surest that a label applies, it is not clearly rarer than overlapping "
-        f"classes would make it.{other} {told}",
+        f"classes would make it. {told}",
         picture={
             "kind": "limits",
             "names": names,
