@@ -51,7 +51,7 @@ ROOMS = (
 )
 
 Entry = dict[str, Any]
-"""One paper: id, room, module, title, year, summary, about, helps, departs, url, parts, claims, verdict."""
+"""One paper: id, room, module, title, year, summary, about, helps, departs, equation, url, parts, claims, verdict."""
 
 
 class CatalogueError(ValueError):
@@ -212,6 +212,7 @@ def _read_paper(path: Path, room: str) -> Entry:
         "about": about.strip(),
         "helps": list(record.get("helps", ())),
         "departs": list(record.get("departs", ())),
+        "equation": record.get("equation", ""),
         "url": record.get("url", ""),
         "parts": [_read_part(node, path) for node in tree.body if _is_part(node)],
         "code": fingerprint(tree),

@@ -14,6 +14,7 @@ class Paper:
         year: of first publication.
         helps: symptoms, from `lossary.vocabulary.SYMPTOMS`, on which the paper claims to help.
         departs: every known way in which the code here departs from the paper, one phrase each.
+        equation: the one formula that says what is new, in LaTeX, for the paper's page; a raw string.
         url: the paper's address; left empty rather than guessed.
 
     Raises:
@@ -24,6 +25,7 @@ class Paper:
     year: int
     helps: tuple[str, ...] = ()
     departs: tuple[str, ...] = ()
+    equation: str = ""
     url: str = ""
 
     def __post_init__(self) -> None:

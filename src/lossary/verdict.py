@@ -61,6 +61,9 @@ METRICS: dict[str, Metric] = {
     "AUROC": Metric("points", "higher", 1.0),
     "average precision": Metric("points", "higher", 0.5),
     "F1": Metric("points", "higher", 1.0),
+    "Dice": Metric("points", "higher", 1.0),  # overlap of masks, 2|A and B| / (|A| + |B|)
+    "IoU": Metric("points", "higher", 1.0),  # overlap of shapes or masks
+    "recall": Metric("points", "higher", 1.0),
     "rank correlation": Metric("points", "higher", 1.0),  # a hundred times Spearman's
     "error rate": Metric("points", "lower", 0.5),
     "fairness gap": Metric("points", "lower", 1.0),  # between groups' rates
@@ -71,6 +74,11 @@ METRICS: dict[str, Metric] = {
     "mean squared error": Metric("ratio", "lower", None),  # its size is the target's
     "mean absolute error": Metric("ratio", "lower", None),
     "relative error": Metric("ratio", "lower", None),
+    "count error": Metric("ratio", "lower", None),  # mean absolute error of how many
+    "landmark error": Metric("ratio", "lower", None),  # distance to the true place, normalised by the object's size
+    "sample distance": Metric("ratio", "lower", None),  # of samples from the truth: sliced Wasserstein, energy
+    "mode error": Metric("points", "lower", 1.0),  # total variation between found and true weights of modes
+    "network evaluations": Metric("ratio", "lower", None),
     "suboptimality": Metric("ratio", "lower", None),  # of an objective, above its minimum
     "variance": Metric("ratio", "lower", None),
     "top Hessian eigenvalue": Metric("ratio", "lower", None),

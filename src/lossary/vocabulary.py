@@ -23,6 +23,13 @@ SYMPTOMS: dict[str, str] = {
     "model-size": "model size, compression, pruning, quantisation, quantization, small model",
     "slow-sampling": "slow sampling, few steps, fast sampler, one step generation",
     "crowded-scenes": "crowded scenes, overlapping objects, occlusion, duplicate detections, nms",
+    "odd-shapes": "odd shapes, polygons, contours, curved text, rotated boxes, star-convex, cells, nuclei, landmarks",
+    "counting": "counting, crowd counting, density maps, how many",
+    "guidance": "guidance, classifier-free guidance, oversaturation, artefacts, prompt alignment, conditions",
+    "rare-modes": "rare modes, minority samples, mode collapse, diversity, missing modes",
+    "inverse-problems": "inverse problems, inpainting, reconstruction, editing, masks, subsampling, measurements",
+    "text-generation": "text generation, tokens, discrete diffusion, language, categorical data",
+    "density-estimation": "density estimation, score matching, likelihood, sampling from an unnormalised density",
     "multi-task": "multi-task, several tasks, task balancing, loss balancing, task weights",
     "in-context-learning": "in-context learning, transformers, prompts, linear attention, theory",
 }
