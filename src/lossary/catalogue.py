@@ -51,7 +51,7 @@ ROOMS = (
 )
 
 Entry = dict[str, Any]
-"""One paper: id, room, module, title, year, summary, about, helps, departs, equation, url, parts, claims, verdict."""
+"""One paper: id, room, module, title, year, summary, about, helps, departs, equation, url, parts, claims, draws, verdict."""
 
 
 class CatalogueError(ValueError):
@@ -77,6 +77,7 @@ def entries(package: Path = PACKAGE) -> list[Entry]:
         found += sorted(papers, key=lambda paper: paper["id"])
     for paper in found:
         paper["claims"] = cache.claims(paper)
+        paper["draws"] = cache.draws(paper)
         paper["verdict"] = cache.verdict(paper)
     cache.save()
     return found
@@ -331,7 +332,8 @@ def _read_claims(path: Path) -> dict[str, Any]:
         for decorator in node.decorator_list
         if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "claim"
     ]
-    return {"claims": claims, "code": fingerprint(tree)}
+    draws = any(isinstance(node, ast.FunctionDef) and node.name == "draw" for node in tree.body)
+    return {"claims": claims, "draws": draws, "code": fingerprint(tree)}
 
 
 def _read_verdict(path: Path) -> dict[str, Any]:
@@ -363,6 +365,10 @@ class _Cache:
     def claims(self, paper: Entry) -> list[dict[str, Any]]:
         path = claim_file(paper, self.package)
         return list(self._get(path, lambda: _read_claims(path))["claims"]) if path.exists() else []
+
+    def draws(self, paper: Entry) -> bool:
+        path = claim_file(paper, self.package)
+        return bool(path.exists() and self._get(path, lambda: _read_claims(path))["draws"])
 
     def verdict(self, paper: Entry) -> dict[str, Any] | None:
         path = verdict_file(paper, self.package)

@@ -288,11 +288,19 @@ def claim(
     everything: Annotated[bool, typer.Option("--all", help="Every claim of every paper.")] = False,
     smoke: Annotated[bool, typer.Option(help="Only see that it runs: three seeds, few steps, no verdict.")] = False,
     record: Annotated[bool, typer.Option(help="Append the run to the paper's verdict file.")] = False,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Only draw what the method does, to lossary-out/ID.png.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a paper's headline claim as a small experiment, with a verdict by rules registered beforehand."""
     if everything == (paper_id is not None):
         raise BadInput("ID: give one paper's id, or --all")
+    if draw:
+        if everything or smoke or record or name:
+            raise BadInput("--draw: give one paper's id and nothing else")
+        _draw(_paper(paper_id or ""), as_json)
+        return
     if smoke and record:
         raise BadInput("--record: a smoke run has no verdict to record; leave out one of --smoke and --record")
     import torch
@@ -647,6 +655,33 @@ def _print_verdicts(done: list[dict[str, Any]]) -> None:
             f"[dim]At most {expected_by_chance(len(done)):.2g} of {len(done)} would hold by chance alone. "
             "Each verdict speaks of its own task and scale only.[/]"
         )
+
+
+def _draw(paper: catalogue.Entry, as_json: bool) -> None:
+    import torch
+
+    try:
+        from lossary.claims import Seeds
+        from lossary.claims.draw import drawer, png, svg
+
+        torch.set_num_threads(1)
+        drawing = drawer(paper)
+        if drawing is None:
+            able = ", ".join(other["id"] for other in catalogue.entries() if other["draws"])
+            raise BadInput(f"--draw: {paper['id']} has no picture; these have one: {able or 'none'}")
+        panels = drawing(Seeds((0,)))
+        pictures = {"png": png(panels), "svg": svg(panels).encode()}
+    except ModuleNotFoundError as error:
+        raise BadInput(f"--draw: {error.name} is not installed; pip install 'lossary[compare]'") from None
+    folder = Path("lossary-out")
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{paper['id']}.{kind}" for kind in pictures]
+    for path, content in zip(paths, pictures.values()):
+        path.write_bytes(content)
+    if as_json:
+        _print_json({"id": paper["id"], "files": [str(path) for path in paths]})
+    else:
+        print(f"{len(panels)} pictures of {paper['id']}: {' and '.join(map(str, paths))}")
 
 
 def _chance(papers: list[catalogue.Entry]) -> str:
