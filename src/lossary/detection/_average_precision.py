@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossary import require
-from lossary.detection._overlap import box_iou
+from lossary.detection._overlap import _box as box_iou
 
 COCO_THRESHOLDS = tuple(0.5 + 0.05 * k for k in range(10))
 RECALLS = np.linspace(0.0, 1.0, 101)
