@@ -1,0 +1,49 @@
+"""Guidance: g(cond, uncond, state) -> (guided, state), on predictions of x_0; a state of None starts anew.
+
+What a guidance remembers from step to step is its state, so the guidance itself is a function and can serve many
+runs. One that can do without the unconditional prediction in some state says so by `needs(state) -> bool`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lossary.diffusion._denoiser import Denoise
+
+Guidance = Callable[[Tensor, Tensor | None, Any], tuple[Tensor, Any]]
+
+
+def classifier_free(scale: float) -> Guidance:
+    """uncond + scale (cond - uncond): 0 ignores the condition, 1 is plain conditional sampling."""
+
+    def guide(cond: Tensor, uncond: Tensor | None, state: Any = None) -> tuple[Tensor, Any]:
+        if uncond is None:
+            raise ValueError("uncond: classifier-free guidance needs it, got None")
+        return uncond + scale * (cond - uncond), state
+
+    return guide
+
+
+class Guided:
+    """denoise(x, sigma) under a guidance. The state starts anew when the noise level rises, that is with each sample.
+
+    Args:
+        guidance: see above.
+        conditional, unconditional: denoisers.
+    """
+
+    def __init__(self, guidance: Guidance, conditional: Denoise, unconditional: Denoise) -> None:
+        self.guidance, self.conditional, self.unconditional = guidance, conditional, unconditional
+        self.state: Any = None
+        self.level = float("inf")
+
+    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        level = float(sigma if isinstance(sigma, int | float) else sigma.max())
+        if level > self.level:
+            self.state = None
+        self.level = level
+        needs = getattr(self.guidance, "needs", None)
+        uncond = self.unconditional(x, sigma) if needs is None or needs(self.state) else None
+        guided, self.state = self.guidance(self.conditional(x, sigma), uncond, self.state)
+        return guided
