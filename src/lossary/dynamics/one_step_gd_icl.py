@@ -25,6 +25,10 @@ PAPER = Paper(
         "the step size in closed form is derived here; the paper leaves it as a ratio of expectations",
         "the paper's value matrix and linear head enter only as their product, one vector, which is the parameter",
     ),
+    equation=(
+        r"\hat y(x)=\eta\sum_{i=1}^n y_i\,x_i^\top\Sigma^{-1}x,\qquad "
+        r"\eta=\frac1{n+d+1+\sigma^2},\qquad x_i\in\mathbb R^d,\quad\sigma^2:\ \text{noise variance}"
+    ),
 )
 
 

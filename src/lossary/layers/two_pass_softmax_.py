@@ -31,6 +31,10 @@ PAPER = Paper(
         "sums leave single precision after 4096 terms",
         "infinities and NaN are treated as torch.softmax does",
     ),
+    equation=(
+        r"\operatorname{softmax}(x)_i=\frac{m_i\,2^{\,n_i-N}}{\sum_k m_k\,2^{\,n_k-N}},\qquad "
+        r"n_i=\operatorname{round}(x_i\log_2 e),\quad m_i=e^{x_i-n_i\ln2},\quad N=\max_k n_k"
+    ),
     url="https://arxiv.org/abs/2001.04438",
 )
 

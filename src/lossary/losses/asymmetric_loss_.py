@@ -29,6 +29,12 @@ PAPER = Paper(
         "targets are 0 or 1; no label smoothing in the multi-label form",
         "the sizes of the adaptive step and of its first exponent are ours; the paper names none",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=-\sum_{k:\,y_k=1}(1-p_k)^{\gamma_+}\log p_k-\sum_{k:\,y_k=0}q_k^{\gamma_-}\log(1-q_k)\\ "
+        r"p_k&=\sigma(z_k),\qquad q_k=\max(p_k-m,\,0),\qquad\gamma_->\gamma_+ "
+        r"\end{aligned}"
+    ),
     url="https://github.com/Alibaba-MIIL/ASL",
 )
 

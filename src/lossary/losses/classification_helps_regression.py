@@ -26,6 +26,10 @@ PAPER = Paper(
         "bins of equal frequency end at quantiles, where the official code merges the bins of a histogram and leaves"
         " some samples of large bins out of the classification",
     ),
+    equation=(
+        r"\ell=\lambda\,(f(x)-y)^2-\log p_{b(y)}(x),\qquad "
+        r"b(y)\in\{1,\dots,K\}:\ \text{the bin in which }y\text{ lies}"
+    ),
     url="https://arxiv.org/abs/2308.10603",
 )
 

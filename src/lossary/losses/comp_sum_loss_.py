@@ -28,6 +28,10 @@ PAPER = Paper(
         "the attack searches l-infinity balls only and starts at a random point of the ball",
         "bounds and gaps are those of all measurable score functions; the paper's bounded scores are left out",
     ),
+    equation=(
+        r"\ell_\tau=\Phi_\tau\Bigl(\sum_{k\ne y}e^{f_k-f_y}\Bigr),\qquad "
+        r"\Phi_\tau(S)=\frac{(1+S)^{1-\tau}-1}{1-\tau},\qquad\Phi_1(S)=\log(1+S)"
+    ),
     url="https://proceedings.mlr.press/v202/mao23b.html",
 )
 

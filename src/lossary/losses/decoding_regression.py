@@ -29,6 +29,13 @@ PAPER = Paper(
         "exact powers of the base get their own exponent; the official logarithm turns 1000 into 100",
         "no top-k, top-p, repetition of tokens or weights on their places",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=-\sum_{k=1}^{K}\log p_\theta(t_k\mid t_1,\dots,t_{k-1},x), "
+        r"\qquad t_k=\lfloor y\,B^k\rfloor\bmod B,\quad 0\le y<1\\ "
+        r"&\text{density at }y\text{: }\ B^K e^{-\ell}\qquad(K\text{ digits to base }B) "
+        r"\end{aligned}"
+    ),
     url="https://openreview.net/forum?id=avUQ8jguxg",
 )
 

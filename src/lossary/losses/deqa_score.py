@@ -25,6 +25,15 @@ PAPER = Paper(
         "at the middle score the official code's linear map is 0/0 and makes the label uniform; here it is the limit",
         "no language model: level tokens are the classes of whatever model is trained",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=-\sum_i p_i\log q_i,\qquad "
+        r"p_i=\max\Bigl(0,\;a\int_{i-1/2}^{i+1/2}\mathcal N(s;\mu,\sigma^2)\,ds+b\Bigr)\\ "
+        r"&\text{with }a,b\text{ such that before the cut } "
+        r"\textstyle\sum_i p_i=1,\ \sum_i i\,p_i=\mu;\quad "
+        r"\mu,\sigma\text{ of the ratings},\ q\text{ predicted} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/html/2501.11561v2",
 )
 

@@ -33,6 +33,10 @@ PAPER = Paper(
         "transfer learning, recording formats and augmentation are left out",
         "scores count all frames of a second, as sed_eval does; the group's earlier code leaves out the last",
     ),
+    equation=(
+        r"\ell=1-\frac{2\sum_{t,c}p_{tc}\,y_{tc}+s}{\sum_{t,c}p_{tc}+\sum_{t,c}y_{tc}+s}, "
+        r"\qquad p_{tc}=\sigma(z_{tc}),\quad t,c:\ \text{frames and classes of the batch}"
+    ),
     url="https://arxiv.org/abs/2107.10471",
 )
 

@@ -23,6 +23,13 @@ PAPER = Paper(
         "the draws come from a generator of the caller's; the official code takes them from the global one",
         "the schedule that draws lam anew every few epochs, off in the published configurations, is the caller's",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\frac{\partial\ell_i}{\partial f(x_i)}&=y_i\,g_i,\qquad "
+        r"g_i=-\frac{\min(1,e^{\xi_i})}{\max(1,s_i)}-10^{-6},\qquad s_i=y_i f(x_i)\\ "
+        r"&\xi_i\sim\mathcal N(0,1),\ \text{dealt out so that }s_i\le s_j\Rightarrow\xi_i\ge\xi_j "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2409.00908",
 )
 

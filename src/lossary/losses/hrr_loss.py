@@ -24,6 +24,14 @@ PAPER = Paper(
         "keys and values are drawn from a generator that is passed in; the official code sets a seed for each",
         "the network's last tanh is the model's business",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\lVert s(x)-k_y\circledast v_y\rVert_2,\qquad "
+        r"\hat y=\argmax_c\,\cos\bigl(k_c\star s(x),\,v_c\bigr)\\ "
+        r"&\text{keys }k_c\text{ and values }v_c\text{ random; }\circledast,\star: "
+        r"\text{ circular convolution, correlation} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2312.15310",
 )
 

@@ -32,6 +32,13 @@ PAPER = Paper(
         "the margin enters that lambda; in the official code it does not",
         "normalising the logits is an option; the paper's experiments always do it",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell_\lambda&=\max_{p\in\Delta_K}\sum_k p_k d_k-\lambda\operatorname{KL}\bigl(p\,\|\,\tfrac1K\bigr) "
+        r"=\lambda\log\frac1K\sum_k e^{d_k/\lambda},\qquad d_k=f_k-f_y+c\,[k\ne y]\\ "
+        r"\ell_{\mathrm{ALDR}}&=\max_\lambda\ \ell_\lambda-\frac{\alpha\log K}{2\lambda_0}(\lambda-\lambda_0)^2 "
+        r"\end{aligned}"
+    ),
     url="https://proceedings.mlr.press/v202/zhu23o.html",
 )
 

@@ -31,6 +31,13 @@ PAPER = Paper(
         "called proper, not canonical: softmax and learned map are gradients of convex functions, but their composition"
         " need not be one",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=-\log\operatorname{softmax}\bigl([\nabla g(s),\,0]\bigr)_y,\qquad s=s(x)\in\mathbb R^{C-1}\\ "
+        r"g(s)&=\tfrac a2\lVert s\rVert^2+w^\top z_L,\quad "
+        r"z_l=\operatorname{softplus}(W_l z_{l-1}+A_l s+b_l),\quad a,w,W_l>0 "
+        r"\end{aligned}"
+    ),
     url="https://github.com/khflam/legendretron",
 )
 

@@ -45,6 +45,10 @@ PAPER = Paper(
         "SSIM over windows inside the image; no padding",
         "panoptic quality without a void label",
     ),
+    equation=(
+        r"\hat\theta=\argmin_\theta\frac1n\sum_{i=1}^n\ell\bigl(f_\theta(x_i),y_i\bigr),\qquad "
+        r"\text{report }M\bigl(\{f_{\hat\theta}(x_i),\,y_i\}_{i=1}^n\bigr)"
+    ),
     url="http://arxiv.org/abs/2307.02694v5",
 )
 

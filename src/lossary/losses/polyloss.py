@@ -27,6 +27,10 @@ PAPER = Paper(
         "the focal form is the softmax one; the paper's detectors use sigmoids",
         "class weights multiply the returned values instead of being an argument",
     ),
+    equation=(
+        r"\ell=-\log p_y+\epsilon\,(1-p_y) "
+        r"=(1+\epsilon)(1-p_y)+\sum_{j\ge2}\frac{(1-p_y)^j}{j}"
+    ),
 )
 
 

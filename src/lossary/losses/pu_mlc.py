@@ -31,6 +31,14 @@ PAPER = Paper(
         " are 1 in a batch of one",
         "the logarithm of p is exact, that of a mean stops at 1e-10, where the official code adds 1e-10 to both",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\sum_c\Bigl[m_c^{\gamma}\log m_c-\frac1{n_c}\sum_{i:\,y_{ic}=1}\log p_{ic}\Bigr],\qquad "
+        r"m_c=\frac1n\sum_{i=1}^n p_{ic}\\ "
+        r"p_{ic}&=\sigma(z_{ic}/\tau_c),\quad\tau_c=\alpha\operatorname{std}_i(z_{ic})\in[0.01,1];\quad "
+        r"m_c^{\gamma}\text{ and }\tau_c\text{ pass no gradient} "
+        r"\end{aligned}"
+    ),
     url="https://github.com/TAKELAMAG/PU-MLC",
 )
 

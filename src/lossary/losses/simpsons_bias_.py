@@ -28,6 +28,13 @@ PAPER = Paper(
         " which variants the paper trains with was not read",
         "F1 and BLEU are not built in: the diagnostic takes them as functions",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\operatorname{bias}(B)&=\sum_j\frac{|D_j|}{|D|}\,F(D_j)-F(D),\qquad "
+        r"D=\bigcup_j D_j\text{ in parts of }B\text{ rows}\\ "
+        r"F=\frac{\sum a}{\sum b}:\quad\operatorname{bias}(B)&=-\operatorname{Cov}_j(b_j,\,a_j/b_j)\,\big/\,\bar b "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2103.11795",
 )
 

@@ -21,6 +21,7 @@ PAPER = Paper(
     title="Cut your Losses with Squentropy",
     year=2023,
     helps=("overconfidence",),
+    equation=r"\ell=-\log\operatorname{softmax}(z)_y+\frac1{C-1}\sum_{j\ne y}z_j^2",
     url="https://arxiv.org/abs/2302.03952",
 )
 

@@ -31,6 +31,13 @@ PAPER = Paper(
         "the contrastive form, which compares a pair with the other pairs of its batch, is left out",
         "the exact minimum over temperatures is found by halving; the Newton steps in the official code are unused",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell_\tau&=\tau\log\Bigl(\frac1K\sum_{k=1}^K e^{(h_k-h_y)/\tau}\Bigr)+\tau\rho,\qquad "
+        r"\tau=\tau_{\min}+(\tau_{\max}-\tau_{\min})\,\sigma\bigl(u_\phi(h)\bigr)\\ "
+        r"\min_{\tau}\ell_\tau&=\max_{p:\,\operatorname{KL}(p\,\|\,1/K)\le\rho}\ \sum_k p_k\,(h_k-h_y) "
+        r"\end{aligned}"
+    ),
     url="https://github.com/zhqiu/TempNet",
 )
 

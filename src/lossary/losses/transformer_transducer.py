@@ -28,6 +28,13 @@ PAPER = Paper(
         "frames are recomputed rather than cached when streaming",
         "no audio front end: filter banks, stacking of frames and SpecAugment are left to the caller",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=-\log\bigl[\alpha(T,U)\,p(\varnothing\mid T,U)\bigr],\qquad\alpha(1,0)=1\\ "
+        r"\alpha(t,u)&=\alpha(t-1,u)\,p(\varnothing\mid t-1,u)+\alpha(t,u-1)\,p(y_u\mid t,u-1)\\ "
+        r"p(\cdot\mid t,u)&=\operatorname{softmax}\bigl(W\tanh(A\,\mathrm{audio}_t+B\,\mathrm{labels}_u+b)+c\bigr) "
+        r"\end{aligned}"
+    ),
     url="https://www.arxiv-vanity.com/papers/2002.02562/",
 )
 

@@ -28,6 +28,14 @@ PAPER = Paper(
         "xi is 0.1 where the paper and its code have 1e-6, at which single precision drowns the direction in rounding",
         "the constants that keep norms from 0 are gone: a gradient of 0 gives a direction of 0",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell(x)&=\operatorname{KL}\bigl(p(\cdot\mid x)\,\|\,p(\cdot\mid x+\epsilon d)\bigr),\qquad "
+        r"d=g/\lVert g\rVert\\ "
+        r"g&=\nabla_r\operatorname{KL}\bigl(p(\cdot\mid x)\,\|\,p(\cdot\mid x+r)\bigr)\Big|_{r=\xi d_0}, "
+        r"\qquad d_0\text{ random, of length 1} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/1704.03976",
 )
 

@@ -26,6 +26,10 @@ PAPER = Paper(
         "the factored output layer comes without the official code's periodic repair of singular values; `refresh`"
         " multiplies the factors out instead",
     ),
+    equation=(
+        r"\ell=\frac1a\log\bigl(1+e^{a(b-z)}\bigr),\qquad "
+        r"z=\frac{o_y-\bar o}{\sqrt{\operatorname{var}(o)+\epsilon}},\qquad o:\ \text{all logits}"
+    ),
     url="https://arxiv.org/abs/1604.08859",
 )
 

@@ -34,6 +34,10 @@ PAPER = Paper(
         "a constant feature is left at 0; the official code divides by its deviation plus 1e-5",
         "weights are drawn uniform as in torch's layers, from the detector's own seed",
     ),
+    equation=(
+        r"s(x)=\alpha\sum_j\frac{(\mu_j(x)-t_j)^2}{\sigma_j^2(x)}+\beta\sum_j\ln\sigma_j^2(x),\qquad "
+        r"t=\frac1k\Bigl(x+\sum_{i\in N_{k-1}(x)}x_i\Bigr)"
+    ),
 )
 
 _FLOOR = 1e-5  # below which no variance is predicted

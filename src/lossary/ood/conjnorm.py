@@ -30,6 +30,15 @@ PAPER = Paper(
         "partition='all' sums over every training feature; the official code over a bootstrap draw of as many",
         "a feature of 0 stays 0; the official code adds 1e-10 to norms",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"S(z)&=-\log\sum_k\frac{e^{l_k(z)}}{\Phi(k)},\qquad "
+        r"l_k(z)=\frac1t\Bigl(\langle z,\nabla\varphi(\mu_k)\rangle-\varphi(z)\Bigr),\qquad "
+        r"\varphi=\tfrac12\lVert\cdot\rVert_q^2\\ "
+        r"\Phi(k)&=\sum_{j}e^{l_k(z_j)}\text{ over training rows},\qquad "
+        r"\lVert z\rVert_p=\lVert\mu_k\rVert_p=1,\quad\tfrac1p+\tfrac1q=1 "
+        r"\end{aligned}"
+    ),
 )
 
 CHUNK = 2**22

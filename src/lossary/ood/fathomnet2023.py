@@ -23,6 +23,11 @@ PAPER = Paper(
         "average precision is divided by the number of true labels, at most k, as in the competition's code; its text"
         " prints the sum alone",
     ),
+    equation=(
+        r"\tfrac12\bigl(\mathrm{MAP@}k+2\,\mathrm{AUROC}-1\bigr),\qquad "
+        r"\mathrm{AP@}k=\frac1{\min(m,k)}\sum_{i=1}^{k}\mathrm{hit}_i\,\frac{\text{hits up to }i}{i},\qquad "
+        r"m:\ \text{true labels}"
+    ),
 )
 
 

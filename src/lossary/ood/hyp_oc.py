@@ -32,6 +32,14 @@ PAPER = Paper(
         "the exponential map is at the origin; the official code learns its base point",
         "gradients are the loss's own; the official code scales those that come out of the ball by (1 - c|x|^2)^2 / 4",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell_i&=\tfrac12\bigl[-\log p(\text{real}\mid z_i)-\log p(\text{none}\mid\tilde z_i)\bigr] "
+        r"+\lambda\,d_c(z_i,z_{i'}),\qquad\tilde f_i\sim\mathcal N(m,\sigma^2I)\\ "
+        r"z_i&=\exp_0^c(h(f_i)),\quad\tilde z_i=\exp_0^c(h(\tilde f_i)),\qquad "
+        r"\exp_0^c(v)=\tanh\bigl(\sqrt c\,\lVert v\rVert\bigr)\frac{v}{\sqrt c\,\lVert v\rVert} "
+        r"\end{aligned}"
+    ),
 )
 
 

@@ -37,6 +37,10 @@ PAPER = Paper(
         "new classes enter the shared covariance by their number of samples, so that the order of classes does"
         " not matter; the paper weighs all classes alike, which is the same for classes of one size",
     ),
+    equation=(
+        r"s(x)=\sum_l w_l\,\min_c\,(f_l(x)-\mu_{lc})^\top\Sigma_l^{-1}(f_l(x)-\mu_{lc}),\qquad "
+        r"l:\ \text{layers},\quad c:\ \text{classes}"
+    ),
 )
 
 

@@ -29,6 +29,11 @@ PAPER = Paper(
         "scores are not rescaled within an image, so that one threshold serves all images",
         "no network: any mask transformer's queries and pixel embeddings will do",
     ),
+    equation=(
+        r"\mathrm{score}_p=-\max_n s_{pn},\qquad "
+        r"\ell_p=-\log\sum_{n\in G(y_p)}\operatorname{softmax}(s_p)_n,\qquad "
+        r"s_{pn}=f_p^\top q_n:\ \text{pixel }p,\ \text{query }n"
+    ),
 )
 
 

@@ -31,6 +31,14 @@ PAPER = Paper(
         " plainest that fits it, model-agnostic meta-learning with outlier exposure in the outer loss",
         "the protocol takes any domains; the paper's benchmarks are not rebuilt",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\min_\theta\ &\operatorname{CE}(\text{query};\theta') "
+        r"+\lambda\operatorname*{mean}_{\text{outliers}}\Bigl(\log\sum_k e^{z_k}-\frac1K\sum_k z_k\Bigr)(\theta')\\ "
+        r"\theta'&=\theta-\alpha\,\nabla_\theta\operatorname{CE}(\text{support};\theta)\quad "
+        r"\text{(one step or a few), all under the same shift} "
+        r"\end{aligned}"
+    ),
 )
 
 # Support inputs and labels, query inputs and labels, outliers: all under one shift, for each replica its own.

@@ -33,6 +33,11 @@ PAPER = Paper(
         "a vector of length 0 scores as one outside the principal space; the official code divides 0 by 0",
         "NC1 to NC4 are in lossary.weighting.neural_collapse_metrics, NC5 is here",
     ),
+    equation=(
+        r"s(x)=-\frac{\lVert P\,h(x)\rVert}{\lVert h(x)\rVert}\quad "
+        r"\bigl(\text{times }\max_c z_c(x)\text{, given logits}\bigr),\qquad "
+        r"P:\ \text{first principal axes of the training features}"
+    ),
 )
 
 

@@ -29,6 +29,10 @@ PAPER = Paper(
         "how strange inputs are is up to the caller; the paper measures it by a classifier of training against new"
         " data",
     ),
+    equation=(
+        r"f^*=\argmin_c\ \frac1n\sum_{i=1}^n\ell(c,y_i),\qquad "
+        r"f_\theta(x)\longrightarrow f^*\ \text{ as }x\text{ moves away from the training data}"
+    ),
 )
 
 LOSSES = ("cross_entropy", "mse", "gaussian_nll")

@@ -29,6 +29,13 @@ PAPER = Paper(
         "prototypes start anywhere on the sphere; in the official code all coordinates start positive",
         "no form without labels, which the paper has too",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\log\sum_{\text{all }k}e^{p_k^\top z/\tau}-\sum_{k\in\text{class }y}w_k\,p_k^\top z/\tau "
+        r"+\lambda\,L_{\mathrm{proto}},\qquad w:\ \text{Sinkhorn shares}\\ "
+        r"p_k&\leftarrow\operatorname{normalise}\Bigl(m\,p_k+(1-m)\,\textstyle\sum_i w_{ik}z_i\big/\sum_i w_{ik}\Bigr) "
+        r"\end{aligned}"
+    ),
 )
 
 

@@ -32,6 +32,10 @@ PAPER = Paper(
         " official code asks for as many as there are classes, one of which is then arbitrary",
         "directions without variance within classes are left out, unless there is a ridge",
     ),
+    equation=(
+        r"s(x)=\min_c\lVert g-\mu_c\rVert+\alpha\,\lVert h-\mu\rVert,\qquad "
+        r"S_w^{-1/2}x=(g,h):\ \text{where class means differ, and the rest}"
+    ),
 )
 
 

@@ -28,6 +28,10 @@ PAPER = Paper(
         "weight decay is the base optimizer's, at w; the official code has it inside the loss that is perturbed",
         "adaptive=True is the later ASAM without its eta",
     ),
+    equation=(
+        r"\min_w\max_{\lVert\epsilon\rVert_2\le\rho}L(w+\epsilon),\qquad "
+        r"w\leftarrow w-\eta\,\nabla L\Bigl(w+\rho\,\frac{\nabla L(w)}{\lVert\nabla L(w)\rVert_2}\Bigr)"
+    ),
     url="https://arxiv.org/abs/2010.01412",
 )
 

@@ -34,6 +34,11 @@ PAPER = Paper(
         "kappa is a constant, as the paper recommends; the official code lets it depend on covariates too",
         "Newton steps in a trust region instead of the official code's; no standard errors",
     ),
+    equation=(
+        r"S(t)=e^{-H(t)},\qquad "
+        r"H(t)=\lambda\,\frac{\kappa+1}{\kappa} "
+        r"\biggl[\Bigl(1+\frac{(\phi t)^\gamma}{\kappa+1}\Bigr)^{\kappa}-1\biggr]"
+    ),
 )
 
 

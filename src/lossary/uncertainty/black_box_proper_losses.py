@@ -28,6 +28,12 @@ PAPER = Paper(
         "sequential_cross_entropy_loss is not the paper's: another sampling scheme, with a finite variance",
         "losses are per pair of samples; their mean over pairs is the caller's",
     ),
+    equation=(
+        r"\ell=\frac{\sum_{i\ne j}[x_i=x_j]}{m(m-1)}-\frac{2\sum_{i,j}[x_i=y_j]}{mn} "
+        r"+\frac{\sum_{i\ne j}[y_i=y_j]}{n(n-1)},\qquad "
+        r"\mathbb E\,\ell=\sum_k(p_k-q_k)^2,\quad "
+        r"x_i\sim p,\ y_j\sim q"
+    ),
 )
 
 

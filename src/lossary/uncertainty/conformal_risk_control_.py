@@ -36,6 +36,10 @@ PAPER = Paper(
         " ones (sec. 4.4), who passes the worst losses over the perturbations",
         "no U-statistics (sec. 4.5)",
     ),
+    equation=(
+        r"\hat\lambda=\inf\Bigl\{\lambda:\ \frac{1}{n+1}\Bigl(\sum_{i=1}^n L_i(\lambda)+B\Bigr)\le\alpha\Bigr\} "
+        r"\quad\Longrightarrow\quad\mathbb E\bigl[L_{n+1}(\hat\lambda)\bigr]\le\alpha"
+    ),
 )
 
 Array = Any  # an array or a tensor

@@ -42,6 +42,13 @@ PAPER = Paper(
         " which aims at the confidence that would be true if half of the predictions were right",
         "without transformed copies the original takes their place",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\bigl(p_{\hat y}-[\hat y=y]\bigr)^2,\qquad "
+        r"p=\operatorname{softmax}\bigl(z/T(v)\bigr),\qquad\hat y=\argmax_k z_k\\ "
+        r"&v:\ \text{what transformed copies of the input give to its likeliest classes} "
+        r"\end{aligned}"
+    ),
 )
 
 _LOWEST, _HIGHEST = 0.1, 10.0  # temperatures, of the official code

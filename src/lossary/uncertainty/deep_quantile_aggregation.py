@@ -39,6 +39,14 @@ PAPER = Paper(
         " margins and stops early",
         "the regressor shifts by held-out rows; the variant by cross-validation (CV+) is in conformalize_quantiles",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\hat q_\tau(x)&=\sum_{j,\nu}w^{\tau}_{j\nu}(x)\,q_{j\nu}(x),\qquad "
+        r"w^\tau_{j\nu}\ge0,\quad\textstyle\sum_{j,\nu}w^{\tau}_{j\nu}=1\\ "
+        r"\min_w\ &\operatorname*{mean}_{i,\tau}\,\rho_\tau\bigl(y_i-\hat q_\tau(x_i)\bigr) "
+        r"+\text{penalty for crossing},\qquad\rho_\tau(u)=\max\bigl(\tau u,(\tau-1)u\bigr) "
+        r"\end{aligned}"
+    ),
 )
 
 Array = Any  # an array or a tensor

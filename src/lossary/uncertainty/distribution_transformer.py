@@ -28,6 +28,10 @@ PAPER = Paper(
         " official code that is a setting",
         "a source may give many observations, a token each; the official code has one token a source",
     ),
+    equation=(
+        r"\ell=-\log q_\theta(x\mid\varphi)-\log q_\theta(x\mid z,\varphi),\qquad "
+        r"q_\theta=\sum_{k=1}^K w_k\,\mathcal N(\mu_k,\,L_kL_k^\top),\quad x\sim\varphi,\ z\sim p(z\mid x)"
+    ),
 )
 
 

@@ -34,6 +34,16 @@ PAPER = Paper(
         "noise on counts is ours, as the baseline that keeps its promise",
         "the membership attack compares whole curves; the paper's thresholds are left to the caller",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\text{paper: }\ \tilde S_j&=\min\Bigl(\tilde S_{j-1},\, "
+        r"\max\bigl(0,\;S_j+\tfrac{\eta_j}{\varepsilon\,(j+1)}\bigr)\Bigr),\qquad "
+        r"\eta_j\sim\operatorname{Laplace}(1),\quad\text{then smoothed}\\ "
+        r"\text{counts: }\ \tilde S_k&=\prod_{l\le k}\bigl(1-\tilde d_l/\tilde n_l\bigr),\qquad "
+        r"\tilde d_l=\max(0,\,d_l+\zeta_l),\quad P(\zeta)\propto e^{-\varepsilon|\zeta|},\quad "
+        r"\tilde n_l\text{ from such counts} "
+        r"\end{aligned}"
+    ),
 )
 
 

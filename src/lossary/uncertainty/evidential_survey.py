@@ -41,6 +41,15 @@ PAPER = Paper(
         "regression prior networks: no distillation of an ensemble; kappa and nu have an output each",
         "graph, recurrent and variational variants and those with a representation gap are left out",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"&\pi\mid x\sim\operatorname{Dir}(\alpha),\qquad "
+        r"\alpha_k=1+\mathrm{evidence}_k(x),\qquad\hat p_k=\alpha_k\big/\textstyle\sum_j\alpha_j\\ "
+        r"&\underbrace{\mathrm H[\hat p]}_{\text{total}} "
+        r"=\underbrace{\mathbb E_{\pi}\,\mathrm H[\pi]}_{\text{the data's}} "
+        r"+\underbrace{\mathrm I[y;\pi]}_{\text{the model's}} "
+        r"\end{aligned}"
+    ),
 )
 
 _FLOOR = 1e-6  # of what softplus must keep above 0

@@ -32,6 +32,14 @@ PAPER = Paper(
         "smoothness has no factor for the resolution of the displacement, which in the official code doubles it",
         "no backbone: VoxelMorph, TransMorph or any other network is handed in",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"L_u&=\operatorname{mean}(w\,e^2)+\lambda\operatorname{mean}\lvert\nabla u\rvert^2,\qquad "
+        r"e=I_f-I_m(\cdot+u)\\ "
+        r"w&=\operatorname{sigmoid}\bigl[(I_f/v)^{\gamma}\text{ scaled to 0 to 1}\bigr],\qquad "
+        r"L_v=\operatorname{mean}\,\operatorname{sg}(v)^{\beta}\bigl(e^2/v+\log v\bigr)/2 "
+        r"\end{aligned}"
+    ),
 )
 
 

@@ -29,6 +29,12 @@ PAPER = Paper(
         "a bin's value is its share of positives; the code of the follow-up study adds noise of 1e-10 to break ties",
         "multicalibrate_by_group moves all cells that are off at once, and each to its mean",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\mathrm{MAE}&=\max_{h\le h',\;b\le b'}\bigl[P(y=1\mid h,b)-P(y=1\mid h',b')\bigr]_+\\ "
+        r"b&\to P\bigl(y=1\mid h,\ \text{bin of }b\text{ at level }h\bigr) "
+        r"\end{aligned}"
+    ),
 )
 
 Array = Any  # an array or a tensor

@@ -36,6 +36,11 @@ PAPER = Paper(
         "the temperature is the exact minimum over a fixed number of masks, not one reached step by step",
         "MDT is shown on gradient matching alone",
     ),
+    equation=(
+        r"\hat T=\argmin_T\ \operatorname*{mean}_{i,M}\, "
+        r"-\log\operatorname{softmax}\bigl(M\odot(z_i-\bar z_i)/T\bigr)_{y_i},\qquad "
+        r"P(M_k=0)=r,\qquad p=\operatorname{softmax}(z/\hat T)"
+    ),
 )
 
 

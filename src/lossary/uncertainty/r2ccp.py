@@ -37,6 +37,14 @@ PAPER = Paper(
         " few, the set is the whole line; the official code returns the range",
         "Adam at a cosine rate for a number of steps, two hidden layers; the official code trains for 1000 epochs",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\sum_k q_k\,\lvert y-m_k\rvert^p-\tau\,\mathrm H(q),\qquad "
+        r"q=\operatorname{softmax}(f(x))\text{ on the grid }m\\ "
+        r"C(x)&=\{y:\ \tilde q(y\mid x)\ge\hat t\,\},\qquad "
+        r"\hat t=\lfloor(n+1)\alpha\rfloor\text{-th smallest of }\tilde q(y_i\mid x_i) "
+        r"\end{aligned}"
+    ),
 )
 
 

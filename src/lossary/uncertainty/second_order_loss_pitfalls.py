@@ -31,6 +31,13 @@ PAPER = Paper(
         " it is the Bayesian posterior, so a weight that knows n is the way out, which no fixed one is",
         "built from the abstract and a derivation; the paper's own regulariser and experiments were not read",
     ),
+    equation=(
+        r"\argmin_{\alpha}\ \mathbb E_{y\sim f}\, "
+        r"\mathbb E_{\theta\sim\operatorname{Dir}(\alpha)}\bigl[-\log\theta_y\bigr] "
+        r"+\lambda\operatorname{KL}\bigl(\operatorname{Dir}(\alpha)\,\|\,\operatorname{Dir}(1)\bigr) "
+        r"=1+\frac f\lambda,\quad "
+        r"f:\ \text{class shares}"
+    ),
 )
 
 _SCORES = ("log", "brier")

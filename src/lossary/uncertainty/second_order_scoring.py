@@ -28,6 +28,10 @@ PAPER = Paper(
         "several outcomes of one theta (draws) are not in the paper: they show that a faithful loss would be found",
         "built from the abstract and a derivation; the paper's own proofs were not read",
     ),
+    equation=(
+        r"\mathbb E_{\theta\sim P}\,\mathbb E_{y\sim\theta}\bigl[S(Q,y)\bigr] "
+        r"=\sum_k\mathbb E_P[\theta_k]\,S(Q,k)\qquad\text{depends on }P\text{ through its mean alone}"
+    ),
 )
 
 _SAME = 1e-9

@@ -32,6 +32,13 @@ PAPER = Paper(
         "centroids are the means, without the run of k-means by which the authors' code then moves them",
         "a class without errors accepts all, or up to the largest distance seen, which the paper leaves open",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"&\text{accept if }\ \lVert p-\mu_c\rVert<\tau_c,\qquad c=\argmax_k p_k\\ "
+        r"&\mu_c=\operatorname*{mean}_{i:\,\hat y_i=y_i=c}p_i,\qquad "
+        r"\tau_c=\min_{i:\,\hat y_i=c\ne y_i}\lVert p_i-\mu_c\rVert "
+        r"\end{aligned}"
+    ),
 )
 
 

@@ -40,6 +40,14 @@ PAPER = Paper(
         " stops early and takes 32",
         "no adversarial variants of the autoencoder, which the official code has besides",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"R(x)&=\bigl\{\operatorname{dec}(z,x):\ u^\top z\ge q(x,u)\ \forall u\bigr\},\qquad "
+        r"q(x,u):\ \tau\text{-quantile of }u^\top z\\ "
+        r"C(x)&=\{y:\ d(y,R(x))\le\hat r\,\},\qquad "
+        r"\hat r=\lceil(n+1)(1-\alpha)\rceil\text{-th smallest signed }d(y_i,R(x_i)) "
+        r"\end{aligned}"
+    ),
 )
 
 Array = Any  # an array or a tensor

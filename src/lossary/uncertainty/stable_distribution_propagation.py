@@ -29,6 +29,13 @@ PAPER = Paper(
         "layer by layer (marginal) it knows affine layers, elementwise activations, max-pooling and flattening",
         "no multivariate Cauchy input with dependence, no stable laws besides Gaussian and Cauchy",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\mathcal N(\mu,\Sigma)&\longrightarrow\mathcal N\bigl(f(\mu),\,J\Sigma J^\top\bigr),\qquad "
+        r"J=\frac{\partial f}{\partial x}(\mu)\\ "
+        r"\operatorname{Cauchy}(\mu,g)&\longrightarrow\operatorname{Cauchy}\bigl(f(\mu),\,|J|\,g\bigr) "
+        r"\end{aligned}"
+    ),
 )
 
 

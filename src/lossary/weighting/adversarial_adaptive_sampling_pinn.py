@@ -29,6 +29,11 @@ PAPER = Paper(
         " and subtracts its mean, which takes noise from the gradient and leaves its expectation",
         "numbers of points and steps are ours: we found no published code",
     ),
+    equation=(
+        r"\min_\theta\max_\alpha\int_\Omega\Bigl(r_\theta(x)^2\,p_\alpha(x) "
+        r"-\beta\,\lVert\nabla_x\,p_\alpha(x)\rVert^2\Bigr)dx,\qquad "
+        r"r_\theta:\ \text{residual},\quad p_\alpha:\ \text{density of the points}"
+    ),
     url="https://arxiv.org/html/2305.18702v2",
 )
 

@@ -35,6 +35,10 @@ PAPER = Paper(
         "a Gaussian copula, conditional on the row, stands for the paper's learned tabular generator",
         "an antidote has its original's label, one a row; in training the worst of a few is added to the loss",
     ),
+    equation=(
+        r"\min_f\ \frac1n\sum_{i=1}^n\Bigl[\ell(f(x_i),y_i)+\max_{k\le K}\ell(f(x'_{ik}),y_i)\Bigr],\qquad "
+        r"x'_{ik}\sim\hat p\bigl(\cdot\mid x_i,\ \text{other group}\bigr)"
+    ),
     url="https://arxiv.org/abs/2211.15897",
 )
 

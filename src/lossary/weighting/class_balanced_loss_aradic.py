@@ -36,6 +36,10 @@ PAPER = Paper(
         "the document classifiers over the embeddings (GRU, CLCNN) are not included; transpose them properly, as the"
         " official code confuses characters with features by a view",
     ),
+    equation=(
+        r"\ell=-w_y\log p_y,\qquad "
+        r"w_c=C\,\frac{1-\beta}{1-\beta^{n_c}}\Big/\sum_{j=1}^{C}\frac{1-\beta}{1-\beta^{n_j}}"
+    ),
     url="http://arxiv.org/abs/2006.11586",
 )
 

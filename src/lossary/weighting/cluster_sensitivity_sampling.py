@@ -32,6 +32,11 @@ PAPER = Paper(
         "the full text was not reachable; lambda, if not given, is a high quantile of the slopes between the centres"
         " (a low one bounds nothing, and on digits fell behind uniform sampling)",
     ),
+    equation=(
+        r"p_i=\frac{\ell(c_i)+\lambda\lVert e_i-c_i\rVert^z} "
+        r"{\sum_j\bigl[\ell(c_j)+\lambda\lVert e_j-c_j\rVert^z\bigr]},\qquad "
+        r"w_i=\frac1{n\,p_i},\qquad c_i:\ \text{the centre nearest to embedding }e_i"
+    ),
     url="https://arxiv.org/abs/2402.17327",
 )
 

@@ -40,6 +40,14 @@ PAPER = Paper(
         "the moving vector is the mean of features, as in the official code, where the paper writes of gradients",
         "one group of features in the classifier, no dropout in the attention, one sampling for all three networks",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=-\sum_{c:\,y_c=1}h_c\,(1-p_c)^{\gamma_++w_+h_c}\log p_c "
+        r"-\sum_{c:\,y_c=0}h_c\,q_c^{\gamma_-+w_-h_c}\log(1-q_c)\\ "
+        r"h_c&=\Bigl(1-\log\frac{n_c}{\max_j n_j}\Bigr)^{\kappa},\qquad q_c=\max(p_c-m,0)\\ "
+        r"y_c&\leftarrow1\ \text{ if not given, but }p_c>\max(\tau,\bar p_c) "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2304.10539",
 )
 

@@ -33,6 +33,13 @@ PAPER = Paper(
         "k for evaluation is 2 sigma or the caller's choice; the official code takes the best on clean validation data",
         "no convolutional form (the paper's VGG-19 has nested dropout in two layers)",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"z&\to(z_1,\dots,z_k,0,\dots,0),\qquad\Pr(k)\propto e^{-k^2/\sigma^2},\quad k=1,\dots,K\\ "
+        r"L&=\frac1{|S_2|}\sum_{i\in S_2}\ell_1(x_i,y_i)+\frac1{|S_1|}\sum_{i\in S_1}\ell_2(x_i,y_i),\qquad "
+        r"S_m:\ \text{those of least }\ell_m\text{ in the batch} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2206.13140",
 )
 

@@ -27,6 +27,14 @@ PAPER = Paper(
         "the moving average of the encoder is the caller's",
         "no ReMixMatch, MeanTeacher or ABC variants",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\hat p&=(1-v_k)\,p+v_k\,q,\qquad k=\argmax_j p_j,\qquad "
+        r"v_k=\Bigl(\frac{m_k}{\max_j m_j}\Bigr)^{1/T}\\ "
+        r"q&=\operatorname{softmax}_j\bigl(\cos(h,\text{prototype}_j)/\tau\bigr),\qquad "
+        r"m_k:\ \text{how often class }k\text{ is handed out} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2106.05682",
 )
 

@@ -32,6 +32,13 @@ PAPER = Paper(
         " may go below 0 or beyond the ends of the grid",
         "the values of sorted predictions are dealt back to the samples that they come from; the mean is the same",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\frac1n\sum_{i=1}^n\lvert\hat y_i-y_i\rvert+\frac wn\sum_{r=1}^n\lvert\hat y_{(r)}-s_r\rvert\\ "
+        r"&\hat y_{(r)}:\ \text{softly sorted predictions},\quad "
+        r"s_r:\ \text{sorted labels of a typical batch of }n "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2502.12990",
 )
 

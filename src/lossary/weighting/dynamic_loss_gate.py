@@ -32,6 +32,14 @@ PAPER = Paper(
         " is solved for instead of searched on a grid of 1000 points",
         "a gate that finds no crossing stays where it was; in that implementation it stops the run",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\begin{cases}-\log p_y&\text{if }\log(-\log p_y)\le t_1\\ "
+        r"-\log p_{\hat y}&\text{else, if }\hat p_{\hat y}=\max_k\hat p_k>t_2\\0&\text{else}\end{cases} "
+        r"\qquad\hat p=\operatorname{softmax}(z/T)\\ "
+        r"&t_1:\ \pi_1\mathcal N(t_1;\mu_1,\sigma_1^2)=\pi_2\,\mathcal N(t_1;\mu_2,\sigma_2^2),\quad\mu_1<t_1<\mu_2 "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2304.05754",
 )
 

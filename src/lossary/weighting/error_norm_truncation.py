@@ -26,6 +26,10 @@ PAPER = Paper(
         "no label smoothing, which the translation experiments add",
         "an ignored token does not count towards the fraction; in the official code it does",
     ),
+    equation=(
+        r"\ell=-\bigl[\,\lVert p-e_y\rVert_2\le t\,\bigr]\log p_y,\qquad "
+        r"e_y:\ \text{the one-hot target}"
+    ),
     url="https://arxiv.org/abs/2310.00840",
 )
 

@@ -29,6 +29,16 @@ PAPER = Paper(
         "ret and agr are negated, so that a higher score always means better represented",
         "the paper's text was not at hand, only its abstract and reports of it",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\mathrm{adv}&=\min\{\lVert r\rVert_2:\hat y(x+r)\ne\hat y(x)\},& "
+        r"\mathrm{ret}&=-\operatorname{KL}(p\,\|\,q)-\operatorname{KL}(q\,\|\,p)\\ "
+        r"\mathrm{agr}&=-\operatorname*{mean}_{a<b}\,\operatorname{JS}(p_a,p_b),& "
+        r"\mathrm{conf}&=\operatorname*{mean}_a\,\max_k p_{a,k}\\ "
+        r"\mathrm{priv}&=-\min\{\varepsilon:\text{half of the runs are right}\},& "
+        r"p,q&:\ \text{before and after retraining} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/1910.13427",
 )
 

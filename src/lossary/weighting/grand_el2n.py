@@ -27,6 +27,10 @@ PAPER = Paper(
     title="Deep Learning on a Data Diet: Finding Important Examples Early in Training",
     year=2021,
     helps=("training-cost", "label-noise"),
+    equation=(
+        r"\operatorname{GraNd}(x,y)=\mathbb E_w\lVert\nabla_w\,\ell(f_w(x),y)\rVert_2,\qquad "
+        r"\operatorname{EL2N}(x,y)=\mathbb E_w\lVert p_w(x)-e_y\rVert_2"
+    ),
     url="https://arxiv.org/abs/2107.07075",
 )
 

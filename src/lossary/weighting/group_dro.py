@@ -28,6 +28,11 @@ PAPER = Paper(
         "the official code's greedy variant (CVaR over groups) and its loss normalisation are left out",
         "sampling groups equally often is the sampler's business",
     ),
+    equation=(
+        r"q_g\leftarrow\frac{q_g\,e^{\eta(L_g+C/\sqrt{n_g})}} "
+        r"{\sum_{g'}q_{g'}\,e^{\eta(L_{g'}+C/\sqrt{n_{g'}})}},\qquad "
+        r"\min_\theta\ \sum_g q_g\,L_g(\theta)"
+    ),
     url="https://arxiv.org/abs/1911.08731",
 )
 

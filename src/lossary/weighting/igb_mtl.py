@@ -32,6 +32,11 @@ PAPER = Paper(
         "losses are averaged over the processes of a distributed run",
         "gradient balancers, with which the paper also combines it, are other libraries' business",
     ),
+    equation=(
+        r"L=\sum_{k=1}^K w_k\log\ell_k,\qquad "
+        r"w_k=K\,\frac{e^{\ell_k/b_k}}{\sum_j e^{\ell_j/b_j}},\qquad "
+        r"b_k:\ \text{task }k\text{'s loss in an early epoch}"
+    ),
     url="https://openreview.net/forum?id=HIHWYOAKgYz",
 )
 

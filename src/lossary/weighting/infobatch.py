@@ -29,6 +29,11 @@ PAPER = Paper(
         "no percentile in place of the mean",
         "under data parallelism the loader splits the epoch among the processes, not the sampler",
     ),
+    equation=(
+        r"\Pr(i\text{ left out})=\begin{cases}r&s_i<\bar s\\0&\text{else}\end{cases}\qquad "
+        r"w_i=\begin{cases}1/(1-r)&s_i<\bar s\\1&\text{else}\end{cases}\qquad "
+        r"s_i:\ \text{last loss}"
+    ),
     url="https://openreview.net/forum?id=C61sk5LsK6",
 )
 

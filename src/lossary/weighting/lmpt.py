@@ -36,6 +36,14 @@ PAPER = Paper(
         " weights act on means over the batch",
         "a class without positives counts as one with a single one",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\frac1C\sum_{c=1}^C w_c\bigl[y_c\,d_c+(1-y_c)\max(0,\,m_c-d_c)\bigr],\qquad "
+        r"d_c=1-\cos(\text{caption},v_c)\\ "
+        r"m_c&=m\,n_c^{-1/4},\qquad w_c=\frac{n_c^{-\gamma}}{\sum_k n_k^{-\gamma}},\qquad "
+        r"n_c:\ \text{count relative to the rarest class} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/html/2305.04536v2",
 )
 

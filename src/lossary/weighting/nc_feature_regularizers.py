@@ -28,6 +28,13 @@ PAPER = Paper(
         "the measure NC1 is taken in double precision; the official one, in single, can come out negative",
         "only NC2 by each class's nearest neighbour, the variant that the official code calls v0",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"L&=\ell+\lambda_1\mathrm{NC}_1+\lambda_2\mathrm{NC}_2,\qquad "
+        r"\mathrm{NC}_1=\frac1C\sum_k\frac1{n_k}\sum_{i:\,y_i=k}\lVert h_i-\mu_k\rVert^2\\ "
+        r"\mathrm{NC}_2&=-\frac1C\sum_k\arccos\,\max_{k'\ne k}\cos(\mu_k-\bar\mu,\;\mu_{k'}-\bar\mu) "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2302.12453",
 )
 

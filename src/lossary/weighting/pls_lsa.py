@@ -30,6 +30,15 @@ PAPER = Paper(
         "infinite pseudo-losses get a weight of 0; the official code gives them the next largest loss",
         "all losses alike, or no sample detected by the loss, is no error: nothing is detected then",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"L&=\frac{\sum_i w_i\operatorname{CE}(z_i,t_i)}{\sum_i w_i},\qquad "
+        r"(t_i,w_i)=\begin{cases}(y_i,\;1)&i\text{ clean}\\ "
+        r"\bigl(p_i^{\gamma}/\textstyle\sum_k p_{ik}^{\gamma},\ P(\text{low}\mid\text{pseudo-loss}_i)\bigr) "
+        r"&i\text{ noisy}\end{cases}\\ "
+        r"&\text{noisy: beyond a hyperplane in even epochs, in the upper heap of losses in odd ones} "
+        r"\end{aligned}"
+    ),
     url="https://www.ecva.net/papers/eccv_2024/papers_ECCV/papers/06511.pdf",
 )
 

@@ -35,6 +35,13 @@ PAPER = Paper(
         "where estimated boundaries cross, the category between them gets 0 and the others are rescaled; the official"
         " code stops",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"&\operatorname{logit}P(y\le k\mid x)=\alpha_k+\beta_k^\top x,\qquad k=1,\dots,K-1\\ "
+        r"&\min_{\alpha,\beta}\ -\frac1n\sum_{i=1}^n\log P(y_i\mid x_i) "
+        r"+\lambda\Bigl(\lVert\beta_1\rVert_1+\sum_{k=2}^{K-1}\lVert\beta_k-\beta_{k-1}\rVert_1\Bigr) "
+        r"\end{aligned}"
+    ),
     url="https://proceedings.mlr.press/v202/faletto23a.html",
 )
 

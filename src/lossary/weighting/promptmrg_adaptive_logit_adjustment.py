@@ -34,6 +34,14 @@ PAPER = Paper(
         " zero there",
         "the 0/1 form, with one logit for each label, is not in the paper",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=-\frac1L\sum_{k=1}^L\log\operatorname{softmax}\bigl(z_k+e_+\log\pi_k\bigr)_{y_k},\qquad "
+        r"\pi_k\leftarrow\bar s_k\,\big/\max_j\bar s_j\\ "
+        r"&e_+:\ \text{the positive state},\quad "
+        r"\bar s_k:\ \text{mean validation score of label }k\text{'s positives} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/html/2308.12604v2",
 )
 

@@ -33,6 +33,14 @@ PAPER = Paper(
         "mini-batches, which the paper does not have",
         "only the chi-square penalty; and no Moreau variant for losses that are not smooth",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"&\min_w\max_{q\in\mathcal P(\sigma)}\ \sum_i q_i\,\ell_i(w)-\nu n\,\lVert q-\tfrac1n\rVert^2 "
+        r"+\tfrac\mu2\lVert w\rVert^2,\qquad w\leftarrow\frac{w-\eta v}{1+\eta\mu}\\ "
+        r"&v=n\bigl(q_i\nabla\ell_i(w)-\rho_i g_i\bigr)+\sum_k\rho_k g_k,\qquad "
+        r"g_k,\rho_k:\ \text{last gradient and weight of }k "
+        r"\end{aligned}"
+    ),
     url="https://openreview.net/pdf?id=TTrzgEZt9s",
 )
 

@@ -30,6 +30,14 @@ PAPER = Paper(
         "no limit on the weights besides 0",
         "at new y the weights follow from the regularised equation itself, not from another smoothing",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\mathbb E_s\bigl[w(Y)\mid X=x\bigr]&=\frac{p_t(x)}{p_s(x)}=1+\eta(x),\qquad "
+        r"w(y)=\frac{p_t(y)}{p_s(y)}=1+\rho(y)\\ "
+        r"(\alpha I+BA)\,\rho&=B\,\eta,\qquad "
+        r"A\approx\mathbb E_s[\,\cdot\mid X],\quad B\approx\mathbb E_s[\,\cdot\mid Y] "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2401.16410",
 )
 

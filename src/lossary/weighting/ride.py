@@ -32,6 +32,16 @@ PAPER = Paper(
         "class weights, applied from outside, multiply the diversity term too",
         "no self-distillation",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"\ell&=\sum_i\Bigl[-\log\operatorname{softmax}(z_i-s\,m_y e_y)_y "
+        r"-\lambda\,\bar T^2\operatorname{KL}(\bar p\,\|\,p_i)\Bigr],\qquad "
+        r"p_i=\operatorname{softmax}(z_i/T)\\ "
+        r"m_c&=m\Bigl(\frac{\min_j n_j}{n_c}\Bigr)^{1/4},\qquad "
+        r"T_c\propto\gamma\,\frac{n_c}{\bar n}+1-\gamma,\qquad "
+        r"\bar p=\operatorname{softmax}(\bar z/T) "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2010.01809",
 )
 

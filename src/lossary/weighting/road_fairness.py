@@ -35,6 +35,13 @@ PAPER = Paper(
         "the ratio network gives one number for each group instead of taking the group as an input",
         "for equalised odds ratios are normalised within group and class; the official code does so within group",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"&\min_\theta\ \frac1n\sum_i\bigl[\ell(f_\theta(x_i),y_i)-\lambda\,r_i\,a_i\bigr],\qquad "
+        r"a_i=-\log g_\phi\bigl(s_i\mid f_\theta(x_i)\bigr),\quad\phi\text{ minimises }\textstyle\sum_i a_i\\ "
+        r"&r_i=e^{-a_i/\lambda_r}\Big/\operatorname*{mean}_{j:\,s_j=s_i}e^{-a_j/\lambda_r} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2310.18413",
 )
 

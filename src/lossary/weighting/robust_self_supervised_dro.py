@@ -30,6 +30,13 @@ PAPER = Paper(
         "the ascent's steps are in units of 1 / (2 gamma), so that one step size serves every gamma",
         "the claims choose hyper-parameters on data of their own; the official code does so on the test set",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"&\min_\theta\ \frac1n\sum_{i=1}^n\phi_\gamma(x_i,y_i) "
+        r"+\frac\lambda m\sum_{j=1}^m\phi_{\gamma'}\bigl(x_j,\hat y_\theta(x_j)\bigr)\\ "
+        r"&\phi_\gamma(x,y)=\sup_z\ \ell_\theta(z,y)-\gamma\lVert z-x\rVert^2 "
+        r"\end{aligned}"
+    ),
     url="https://openreview.net/forum?id=Bo6GpQ3B9a",
 )
 

@@ -34,6 +34,14 @@ PAPER = Paper(
         "the saddle index, |lambda_min / lambda_max| in the paper, is 0 where lambda_min is positive",
         "PGD and LPF-SGD, the escapes that the paper compares with, are left out",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"&\min_\theta\max_{\lVert\epsilon\rVert\le\rho}\ \frac1n\sum_i w_{y_i}\,\ell_i(\theta+\epsilon),\qquad "
+        r"w_c\propto\frac{1-\beta}{1-\beta^{n_c}}\text{ at the end of training}\\ "
+        r"&\text{saddle}_c=\frac{\max(0,-\lambda_{\min}(H_c))}{\max(0,\lambda_{\max}(H_c))},\qquad "
+        r"H_c=\nabla^2_\theta\,\frac1{n_c}\sum_{i:\,y_i=c}\ell_i(\theta) "
+        r"\end{aligned}"
+    ),
     url="http://arxiv.org/abs/2212.13827",
 )
 

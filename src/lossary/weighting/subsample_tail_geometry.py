@@ -34,6 +34,15 @@ PAPER = Paper(
         "the distance of the groups is not free but the median of the smallest that is separable, so that"
         " distributions of different scale and tail compare",
     ),
+    equation=(
+        r"\begin{aligned} "
+        r"t&=\frac{M_1-M_2}2,\qquad "
+        r"\frac t\mu\approx\frac{m_{n_1}-m_{n_2}}{m_{n_1}+m_{n_2}} "
+        r"\longrightarrow\frac{r^{1/a}-1}{r^{1/a}+1},\qquad r=\frac{n_1}{n_2}\\ "
+        r"&M_g:\ \text{largest noise in group }g,\quad m_n:\ \text{median of the largest of }n,\quad "
+        r"a:\ \text{index of the tail} "
+        r"\end{aligned}"
+    ),
     url="https://arxiv.org/abs/2205.11672",
 )
 

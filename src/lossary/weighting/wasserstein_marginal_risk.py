@@ -28,6 +28,11 @@ PAPER = Paper(
         " covariate, is left out",
         "for a general payoff mass may move to a finite set of places",
     ),
+    equation=(
+        r"P(S_1+S_2\le z)\ \le\ \min_{\kappa\ge0}\Bigl\{\kappa\,(r_1+r_2)^p "
+        r"+\max_{\pi}\,\mathbb E_\pi\max\bigl(0,\;1-\kappa\,(S_1+S_2-z)_+^p\bigr)\Bigr\},\quad "
+        r"\pi:\ \text{couplings}"
+    ),
     url="https://arxiv.org/abs/2307.00779",
 )
 
