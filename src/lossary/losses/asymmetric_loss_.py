@@ -62,8 +62,8 @@ def asymmetric_loss(
         input: logits z.
         target: 1 where a label is there, 0 where not.
         gamma_neg: exponent of the negatives, 0 or at least 1.
-        gamma_pos: exponent of the positives, likewise, below gamma_neg; 0 in the paper and the official training
-            script, 1 in the official class and in timm.
+        gamma_pos: exponent of the positives, likewise, at most gamma_neg to be asymmetric; 0 in the paper and the
+            official training script, 1 in the official class and in timm.
         clip: margin m of the shift, 0 <= m < 1.
         detach_focus: no gradient through the powers, which the official training script asks for.
 

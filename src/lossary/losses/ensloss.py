@@ -59,12 +59,12 @@ def inverse_box_cox(input: Float[Tensor, "*any"], *, lam: float = 0.0) -> Float[
 def random_calibrated_derivatives(
     margin: Float[Tensor, "*batch"], *, generator: Generator, lam: float = 0.0
 ) -> Float[Tensor, "*batch"]:
-    """phi'(s) at every margin s, of a random loss phi that is convex, calibrated and bounded below.
+    """phi'(s) at every margin s, of a random loss phi that is convex and calibrated.
 
     As many values -BCinv(e; lam) as there are margins, e standard normal, are floored at -1 and dealt out in ascending
-    order, the smallest margin getting the smallest. Beyond s = 1 they are divided by s, so that phi does not fall for
-    ever, and all are lowered by 1e-6, so that none is 0. The result lies in [-1 - 1e-6, -1e-6], carries no gradient,
-    and does not decrease in s.
+    order, the smallest margin getting the smallest. Beyond s = 1 they are divided by s, so that phi falls only like a
+    logarithm, and all are lowered by 1e-6, so that none is 0. The result lies in [-1 - 1e-6, -1e-6], carries no
+    gradient, and does not decrease in s.
 
     Args:
         margin: s = y f(x) with y in {-1, +1}; all of them are one batch, whatever the shape.

@@ -80,13 +80,15 @@ def poly1_focal_loss(
         epsilon: shift of the leading coefficient, at least -1.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, gamma below 0, epsilon below -1.
+        ValueError: shapes or dtypes that do not fit, gamma below 0 or between 0 and 1, epsilon below -1.
 
     >>> import torch
     >>> poly1_focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0, epsilon=2.0)  # log 2 / 2 + 2 / 4
     tensor([0.8466])
     """
     require.number("gamma", gamma, at_least=0.0)
+    if 0.0 < gamma < 1.0:
+        raise ValueError(f"gamma: expected 0 or at least 1, got {gamma}")
     require.number("epsilon", epsilon, at_least=-1.0)
     log_p = log_prob(input, target)
     miss = -log_p.expm1()

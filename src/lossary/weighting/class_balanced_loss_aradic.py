@@ -69,7 +69,8 @@ def class_balanced_weights(
         beta: 0 to 1; 0 weighs all classes alike, 1 is the limit of weights 1 / n_c. 0.99 in AraDIC.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, counts below 0 or all 0, beta out of range or a tensor.
+        ValueError: shapes or dtypes that do not fit, numbers in class_counts below 0 or all 0 (a
+            tensor is not looked at), beta out of range or a tensor.
 
     >>> class_balanced_weights(torch.ones(3), target=torch.tensor([0, 1, 1]), class_counts=(30, 10), beta=1.0)
     tensor([0.5000, 1.5000, 1.5000])

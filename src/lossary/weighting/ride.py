@@ -75,7 +75,7 @@ def ride_loss(
         target: class numbers y, 0 to classes - 1.
         class_counts: n_c, training rows of each class, (classes,). A class without rows is taken to have one.
         diversity: lambda >= 0; 0.2 is the official default, 0.45 on CIFAR100-LT.
-        gamma: how much temperatures follow frequencies, 0 to 1; below 1 they stay positive. 0.015 to 0.05.
+        gamma: how much temperatures follow frequencies, from 0 to below 1, so that they stay positive. 0.015 to 0.05.
         temperature: alpha > 0.
         max_margin: margin of the rarest class, in cosine; 0 is cross-entropy.
         scale: of the cosine, by which margins are multiplied; not the logits, which carry it already.

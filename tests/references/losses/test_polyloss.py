@@ -45,3 +45,9 @@ def test_coefficients_that_would_turn_negative_are_refused():
         poly_n_cross_entropy(*logits_for(0.5), epsilons=(0.0, -0.6))
     with pytest.raises(ValueError, match="epsilon: expected a number >= -1"):
         poly1_cross_entropy(*logits_for(0.5), epsilon=-1.5)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, 0.5])
+def test_exponents_whose_gradient_is_infinite_are_refused(gamma):
+    with pytest.raises(ValueError, match="gamma"):
+        poly1_focal_loss(*logits_for(0.5), gamma=gamma)
