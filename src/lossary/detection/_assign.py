@@ -20,6 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lossary import require
+from lossary.detection._overlap import box_iou
 
 BACKGROUND, IGNORED = -1, -2
 
@@ -142,6 +143,36 @@ def aligned_weight(quality: Tensor, overlap: Tensor, match: Tensor) -> Tensor:
         return quality.new_zeros(match.shape)
     most = quality.amax(-2, keepdim=True)
     return (quality * (overlap.amax(-2, keepdim=True) / most.masked_fill(most == 0, 1.0))).sum(-1)
+
+
+def task_aligned(
+    scores: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    truth: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    k: int,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Match and weight, both (*batch, A): every true box takes the k points within it whose predictions serve it best.
+
+    By `alignment`; a point that several boxes take goes to the one that its prediction overlaps most.
+
+    Args:
+        scores: (*batch, A, classes), probabilities.
+        boxes: (*batch, A, 4), predicted.
+        points: (A, 2).
+        truth, labels, mask: (*batch, T, 4), (*batch, T), (*batch, T).
+        k, alpha, beta: points of each true box, powers of score and overlap.
+    """
+    overlap = box_iou(boxes.detach().unsqueeze(-2), truth.unsqueeze(-3))
+    quality = alignment(scores.detach(), overlap, labels, alpha=alpha, beta=beta)
+    within = inside(points, truth)
+    match = settle(best(quality, k, within if mask is None else within & mask.unsqueeze(-2)), overlap)
+    return match, aligned_weight(quality, overlap, match)
 
 
 def by_overlap(overlap: Tensor, mask: Tensor | None = None, *, positive: float, negative: float, k: int = 0) -> Tensor:

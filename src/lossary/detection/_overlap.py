@@ -155,23 +155,16 @@ ROTATED_BOX = Overlap(_polygon, bounds=_polygon_bounds, rows=_corners)
 
 
 @functools.cache
-def compiled(function: Callable[..., Any], arguments: str) -> Any:
-    """What compiled code calls: a pointer to `function`, of "rows" or of "numbers", as numba compiles it."""
-    from numba import cfunc, float64
-
-    kinds = {"rows": float64(float64[::1], float64[::1]), "numbers": float64(float64, float64)}
-    return cfunc(kinds[arguments], error_model="numpy")(function)
-
-
-@functools.cache
 def _table() -> Callable[..., NDArray]:
+    """The loop of `pairwise` in machine code, or in numpy where numba is not installed."""
     try:
-        from numba import float64, njit, types
+        from numba import cfunc, float64, njit, types
     except ImportError:
         return _table_by_numpy
-    matrix, pointer = float64[:, ::1], types.FunctionType(float64(float64[::1], float64[::1]))
-    loop = njit(matrix(*[matrix] * 6, pointer), error_model="numpy", cache=True)(_table_by_loop)
-    return lambda *arrays: loop(*arrays[:-1], compiled(arrays[-1].pair, "rows"))
+    matrix, pair = float64[:, ::1], float64(float64[::1], float64[::1])
+    loop = njit(matrix(*[matrix] * 6, types.FunctionType(pair)), error_model="numpy", cache=True)(_table_by_loop)
+    compiled = functools.cache(cfunc(pair, error_model="numpy"))
+    return lambda *arrays: loop(*arrays[:-1], compiled(arrays[-1].pair))
 
 
 def _table_by_loop(rows_a, low_a, high_a, rows_b, low_b, high_b, pair):  # type: ignore[no-untyped-def]

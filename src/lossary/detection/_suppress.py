@@ -1,9 +1,9 @@
 """The engine of the suppressors: one greedy loop, whatever the overlap and the decay.
 
-The loop looks for the neighbours of what it picks in two steps. Bounding boxes, four comparisons a pair, tell which
-shapes are near at all; only for those few it calls the overlap. With n detections of which k are kept, that is at
-most n k comparisons and memory for n; what later narrows the search (a grid, a sweep) only has to shorten the list
-that `near` is drawn from.
+Compiled by numba, the loop keeps the shapes in a tree. Shapes are split at the median of the coordinate of their
+bounds that spreads most, until sixteen are left in a leaf; every node knows the bounds and the best score of what is
+below it. So what is best is at the root, and a pick visits only the parts of the scene that it can reach: on a
+scene that spreads out, a pick costs about log n. Where numba is missing numpy compares each pick with all bounds.
 """
 
 import functools
@@ -15,15 +15,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossary.detection._overlap import box_iou
+from lossary.detection._overlap import BOX, Overlap
 
-Overlap = Callable[[Any, Any], Any]
 Decay = Callable[[Any, float], Any]
+LEAF = 16
 
 
 def hard(overlap: Any, threshold: float) -> Any:
     """Greedy non-maximum suppression: 0 above the threshold, else 1."""
     return 1.0 * (overlap <= threshold)
+
+
+def linear(overlap: Any, threshold: float) -> Any:
+    """1 - overlap above the threshold, else 1."""
+    return 1.0 - overlap * (overlap > threshold)
+
+
+def gaussian(overlap: Any, sigma: float) -> Any:
+    """exp(-overlap^2 / sigma)."""
+    return np.exp(-overlap * overlap / sigma)
 
 
 def suppress(
@@ -33,119 +43,213 @@ def suppress(
     decay: Decay,
     parameter: float,
     floor: float,
-    overlap: Overlap = box_iou,
-    bounds: Tensor | None = None,
+    overlap: Overlap = BOX,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pick the best score left, multiply the others by decay(overlap, parameter), and again until none is left.
 
     All of it is done in double precision on the CPU. A shape whose factor is 0, or whose score falls below the floor
-    or is not a number, is gone. Of equal scores the one with the lower index is picked first. Bounds that are empty,
-    reversed or not a number are near nothing. Nothing carries a gradient.
+    or is not a number, is gone. Of equal scores the one with the lower index is picked first. Shapes whose bounds are
+    empty, reversed or not finite overlap nothing: their scores decide alone. Nothing carries a gradient.
 
     Args:
         shapes: (N, P) floating-point, whatever the overlap takes.
         scores: (N,) floating-point, >= 0.
-        decay: decay(overlap, parameter), a factor in 0 to 1 and 1 at overlap 0. Like the overlap it is a plain
-            function in numpy's terms, which numba can compile.
+        decay: decay(overlap, parameter), a factor in 0 to 1 and 1 at overlap 0: `hard`, `linear`, `gaussian`, or any
+            plain function in numpy's terms, which numba can compile.
         parameter: of the decay.
         floor: scores below it are gone, >= 0.
         overlap: of two shapes, see `_overlap`.
-        bounds: (N, 4) bounding boxes x1, y1, x2, y2 outside of which shapes do not overlap; None says that shapes
-            are such boxes.
+        groups: (N,) integers; shapes of different groups (classes, images) leave each other alone. None is one group.
 
     Returns:
         keep (K,) int64, best first, and the decayed scores (K,).
     """
     values = scores.detach().cpu().double().numpy()
-    rows = np.ascontiguousarray(shapes.detach().cpu().double().numpy())
-    box = rows if bounds is None else bounds.detach().cpu().double().numpy()
-    edges = np.array(box.T, order="C")  # a copy: the loop moves them
-    keep, decayed = _loop()(rows, edges, values, overlap, decay, float(parameter), float(floor))
+    rows, low, high = overlap.encode(shapes)
+    if groups is not None:
+        group = np.unique(groups.cpu().numpy(), return_inverse=True)[1].astype(np.float64)
+        low, high = np.vstack([low, group]), np.vstack([high, group + 1])  # unit intervals that share no inner point
+    keep, decayed = _loop(len(low))(rows, low, high, values, overlap, decay, float(parameter), float(floor))
     return torch.from_numpy(keep).to(scores.device), torch.from_numpy(decayed).to(scores)
 
 
 @functools.cache
-def _loop() -> Callable[..., tuple[NDArray, NDArray]]:
-    """The loop in machine code, or in numpy where numba is not installed."""
+def _loop(dims: int) -> Callable[..., tuple[NDArray, NDArray]]:
+    """The loop for bounds of so many dimensions in machine code, or in numpy where numba is not installed."""
     try:
-        from numba import cfunc, float64, int64, njit, types
+        from numba import float64, int64, njit, types
     except ImportError:
         return _picked_by_numpy
     vector, matrix = float64[::1], float64[:, ::1]
-    pair, scalar = float64(vector, vector), float64(float64, float64)
-    functions = types.FunctionType(pair), types.FunctionType(scalar)
+    factor = types.FunctionType(float64(vector, vector, float64))
     result = types.Tuple((int64[::1], vector))
-    signature = result(matrix, matrix, vector, *functions, float64, float64)
-    # The loop calls overlap and decay through pointers, so it is compiled once, and its cache knows nothing of them.
-    compiled = njit(signature, error_model="numpy", cache=True)(_picked)
-    pointer = functools.cache(lambda function, form: cfunc(form, error_model="numpy")(function))
+    signature = result(matrix, matrix, matrix, vector, int64[::1], factor, float64, float64)
+    pick = njit(signature, error_model="numpy", cache=True)(_picker(dims))
+    split = njit(int64[::1](matrix), error_model="numpy", cache=True)(_split)
 
-    def run(rows: NDArray, edges: NDArray, scores: NDArray, overlap: Overlap, decay: Decay, *numbers: float) -> Any:
-        return compiled(rows, edges, scores, pointer(overlap, pair), pointer(decay, scalar), *numbers)
+    def run(
+        rows: NDArray, low: NDArray, high: NDArray, scores: NDArray, overlap: Overlap, decay: Decay, *numbers: float
+    ) -> Any:
+        order = split(np.concatenate([low, high]))
+        arrays = (np.ascontiguousarray(a) for a in (rows[order], low[:, order], high[:, order], scores[order]))
+        return pick(*arrays, order, _factor(overlap.pair, decay), *numbers)
 
     return run
 
 
-def _picked(rows, edges, scores, overlap, decay, parameter, floor):  # type: ignore[no-untyped-def]
-    """The loop as numba compiles it. What is gone has score -1, and is swept out when it is an eighth of the list."""
-    x1, y1, x2, y2 = edges[0], edges[1], edges[2], edges[3]
-    left = np.where(scores >= floor, scores, -1.0)
-    index, near = np.arange(len(left)), np.empty(len(left), np.int64)
-    keep, decayed = np.empty(len(left), np.int64), np.empty(len(left))
-    size, gone, kept = len(left), 0, 0
-    while True:
-        best = -1.0
-        for j in range(size):
-            best = max(best, left[j])
-        if best < 0.0:
-            return keep[:kept], decayed[:kept]
-        top = 0
-        while left[top] != best:
-            top += 1
-        keep[kept], decayed[kept] = index[top], best
-        kept += 1
-        left[top] = -1.0
-        gone += 1
+@functools.cache
+def _factor(pair: Callable[[Any, Any], Any], decay: Decay) -> Any:
+    """What a score is multiplied by, compiled by numba.
 
-        left_edge, lower, right, upper = x1[top], y1[top], x2[top], y2[top]
-        found = 0
-        for j in range(size):  # without branches, so that it runs on vectors
-            near[found] = j
-            found += (x1[j] < right) & (x2[j] > left_edge) & (y1[j] < upper) & (y2[j] > lower) & (left[j] >= 0.0)
-        for j in near[:found]:
-            factor = decay(overlap(rows[index[top]], rows[index[j]]), parameter)
-            left[j] *= factor
-            if not (factor > 0.0 and left[j] >= floor):
-                left[j] = -1.0
-                gone += 1
+    The loop calls it through a pointer, so that it is compiled once and its cache knows nothing of overlaps.
+    """
+    from numba import cfunc, float64, njit
 
-        if 8 * gone > size:
-            to = 0
-            for j in range(size):
-                if left[j] >= 0.0:
-                    left[to], index[to] = left[j], index[j]
-                    x1[to], y1[to], x2[to], y2[to] = x1[j], y1[j], x2[j], y2[j]
-                    to += 1
-            size, gone = to, 0
+    pair, decay = (njit(function, error_model="numpy") for function in (pair, decay))
+
+    def factor(a, b, parameter):  # type: ignore[no-untyped-def]
+        share = pair(a, b)
+        return decay(share, parameter) if share > 0.0 else 1.0
+
+    return cfunc(float64(float64[::1], float64[::1], float64), error_model="numpy")(factor)
+
+
+def _split(ends):  # type: ignore[no-untyped-def]
+    """The order in which the leaves hold the shapes: at every node the lower half of the widest coordinate first."""
+    n = ends.shape[1]
+    order = np.arange(n)
+    leaves = 1
+    while leaves * LEAF < n:
+        leaves *= 2
+    width = leaves  # of a node, in leaves
+    while width > 1:
+        for first in range(0, leaves, width):
+            start, middle = first * n // leaves, (2 * first + width) * n // (2 * leaves)
+            stop = (first + width) * n // leaves
+            mine = order[start:stop].copy()
+            widest, spread = -1, 0.0
+            for d in range(len(ends)):
+                lowest, highest = np.inf, -np.inf
+                for i in mine:
+                    lowest, highest = min(lowest, ends[d, i]), max(highest, ends[d, i])
+                if highest - lowest > spread:
+                    widest, spread = d, highest - lowest
+            if widest >= 0:
+                order[start:stop] = mine[np.argpartition(ends[widest][mine], middle - start)]
+        width //= 2
+    return order
+
+
+def _picker(dims):  # type: ignore[no-untyped-def]
+    """The loop for bounds of so many dimensions, as numba compiles it: a constant, it is worth a quarter."""
+
+    def picked(rows, low, high, scores, names, decay, parameter, floor):  # type: ignore[no-untyped-def]
+        """Shapes are in the order of `_split`, and what is gone has score -1."""
+        n = len(scores)
+        leaves = 1
+        while leaves * LEAF < n:
+            leaves *= 2
+        left = np.where(scores >= floor, scores, -1.0)
+        place = np.empty(n, np.int64)
+        place[names] = np.arange(n)
+
+        # Node 1 is the root, the children of node t are 2 t and 2 t + 1, and leaf i is node leaves + i.
+        node_low, node_high = np.full((dims, 2 * leaves), np.inf), np.full((dims, 2 * leaves), -np.inf)
+        for d in range(dims):
+            for leaf in range(leaves):
+                for j in range(leaf * n // leaves, (leaf + 1) * n // leaves):
+                    node_low[d, leaves + leaf] = min(node_low[d, leaves + leaf], low[d, j])
+                    node_high[d, leaves + leaf] = max(node_high[d, leaves + leaf], high[d, j])
+            for t in range(leaves - 1, 0, -1):
+                node_low[d, t] = min(node_low[d, 2 * t], node_low[d, 2 * t + 1])
+                node_high[d, t] = max(node_high[d, 2 * t], node_high[d, 2 * t + 1])
+        best, first = np.full(2 * leaves, -1.0), np.zeros(2 * leaves, np.int64)
+
+        keep, decayed, kept = np.empty(n, np.int64), np.empty(n), 0
+        touched, count, stack = np.arange(leaves, 2 * leaves), leaves, np.empty(64, np.int64)
+        while True:
+            for t in touched[:count]:
+                leaf = t - leaves
+                score, name = -1.0, n
+                for j in range(leaf * n // leaves, (leaf + 1) * n // leaves):
+                    if left[j] >= score and (left[j] > score or names[j] < name):
+                        score, name = left[j], names[j]
+                best[t], first[t] = score, name
+            while touched[0] > 1:  # the parents, each once, since what is touched is sorted
+                parents = 0
+                for t in touched[:count] // 2:
+                    if parents == 0 or touched[parents - 1] != t:
+                        touched[parents] = t
+                        parents += 1
+                        a, b = 2 * t, 2 * t + 1
+                        if best[b] > best[a] or (best[b] == best[a] and first[b] < first[a]):
+                            a = b
+                        best[t], first[t] = best[a], first[a]
+                count = parents
+            if best[1] < 0.0:
+                return keep[:kept], decayed[:kept]
+            keep[kept], decayed[kept] = first[1], best[1]
+            kept += 1
+            top = place[first[1]]
+            left[top] = -1.0
+            shape = rows[top]
+
+            count, depth = 0, 1
+            stack[0] = 1
+            home = leaves + ((top + 1) * leaves - 1) // n
+            while depth > 0:
+                depth -= 1
+                t = stack[depth]
+                meets = best[t] >= 0.0
+                for d in range(dims):
+                    meets = meets and node_low[d, t] < high[d, top] and node_high[d, t] > low[d, top]
+                if not meets:
+                    continue
+                if t < leaves:
+                    stack[depth], stack[depth + 1] = 2 * t + 1, 2 * t
+                    depth += 2
+                    continue
+                touched[count] = t
+                count += 1
+                for j in range((t - leaves) * n // leaves, (t - leaves + 1) * n // leaves):
+                    meets = left[j] >= 0.0
+                    for d in range(dims):
+                        meets = meets and low[d, j] < high[d, top] and high[d, j] > low[d, top]
+                    if meets:
+                        factor = decay(shape, rows[j], parameter)
+                        left[j] *= factor
+                        if not (factor > 0.0 and left[j] >= floor):
+                            left[j] = -1.0
+            if count == 0:  # a shape that meets nothing, not even itself
+                touched[0], count = home, 1
+
+    return picked
 
 
 def _picked_by_numpy(
-    rows: NDArray, edges: NDArray, scores: NDArray, overlap: Overlap, decay: Decay, parameter: float, floor: float
+    rows: NDArray,
+    low: NDArray,
+    high: NDArray,
+    scores: NDArray,
+    overlap: Overlap,
+    decay: Decay,
+    parameter: float,
+    floor: float,
 ) -> tuple[NDArray, NDArray]:
     """The same loop, a vector operation for each step of it."""
-    x1, y1, x2, y2 = edges
-    columns = rows.T
     left = np.where(scores >= floor, scores, -1.0)
     keep, decayed = [], []
-    with np.errstate(all="ignore"):  # boxes that are not finite
-        while left.size and left.max() >= 0.0:
-            top = int(left.argmax())
-            keep.append(top)
-            decayed.append(left[top])
-            left[top] = -1.0
-            near = (x1 < x2[top]) & (x2 > x1[top]) & (y1 < y2[top]) & (y2 > y1[top]) & (left >= 0.0)
-            (near,) = near.nonzero()
-            factor = decay(overlap(columns[:, top], columns[:, near]), parameter)
-            score = left[near] * factor
-            left[near] = np.where((factor > 0.0) & (score >= floor), score, -1.0)
+    while left.size and left.max() >= 0.0:
+        top = int(left.argmax())
+        keep.append(top)
+        decayed.append(left[top])
+        left[top] = -1.0
+        meets = (low < high[:, top, None]) & (high > low[:, top, None])
+        (near,) = (meets.all(0) & (left >= 0.0)).nonzero()
+        share = overlap.many(rows[top], rows[near])
+        near, share = near[share > 0.0], share[share > 0.0]
+        factor = decay(share, parameter)
+        score = left[near] * factor
+        left[near] = np.where((factor > 0.0) & (score >= floor), score, -1.0)
     return np.array(keep, np.int64), np.array(decayed, np.float64)
