@@ -3,11 +3,10 @@
 tau times the cross-entropy at temperature tau, plus tau (rho - log K), is the dual of a robust loss: an adversary may
 put the weight of the K comparisons with the true class where it hurts, but no further than KL rho from uniform. Its
 best tau differs from sample to sample. `robust_temperature_loss` finds it exactly, which needs the label; TempNet
-learns to predict it from the logits alone, so that it serves prediction too: divide the logits by it. Try it for language models
-and other tasks with many classes in which some contexts leave one answer and others many, jointly with the model or
-on top of a frozen one. rho needs tuning, between 0 and log K. The tau that is robust is not the tau that calibrates:
-where probabilities are all you want, fit one temperature on held-out data first.
-"""
+learns to predict it from the logits alone, so that it serves prediction too: divide the logits by it. Try it for
+language models and other tasks with many classes in which some contexts leave one answer and others many, jointly
+with the model or on top of a frozen one. rho needs tuning, between 0 and log K. The tau that is robust is not the tau
+that calibrates: where probabilities are all you want, fit one temperature on held-out data first. """
 
 import math
 
