@@ -28,7 +28,8 @@ ARROWS = {
     "compare": {*BASE, "roles", *catalogue.ROOMS, "tasks", "catalogue", "criterion"},
     "audit": {"catalogue", "claims", "vocabulary"},
     "scaffold": {"catalogue", "audit", "errors"},
-    "cli": {*BASE, "roles", "catalogue", "claims", "compare", "audit", "scaffold", "verdict"},
+    "site": {*BASE, "catalogue", "claims", "compare", "audit", "verdict"},
+    "cli": {*BASE, "roles", "catalogue", "claims", "compare", "site", "audit", "scaffold", "verdict"},
 }
 
 

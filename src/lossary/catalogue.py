@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -118,21 +119,45 @@ def held(paper: Entry) -> float:
     return sum(found.get(name) == "holds" for name in names) / max(1, len(names))
 
 
-def search(query: str, found: Iterable[Entry] | None = None) -> list[Entry]:
+@dataclass(frozen=True)
+class Index:
+    """Papers with their words, for many searches."""
+
+    papers: list[Entry]
+    documents: list[dict[str, float]]
+    rarity: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a page needs to search by itself: for each word the papers and its weight in them, and the symptoms."""
+        words: dict[str, list[float]] = {word: [] for word in self.rarity}
+        for number, document in enumerate(self.documents):
+            for word, weight in document.items():
+                words[word] += (number, weight)
+        symptoms = {symptom: [_words(phrase) for phrase in _phrases(symptom)] for symptom in SYMPTOMS}
+        return {"words": words, "symptoms": symptoms, "stop": sorted(_STOP)}
+
+
+def index(papers: Iterable[Entry]) -> Index:
+    """Reads the papers' words once, so that each `search` over them is quick."""
+    papers = list(papers)
+    documents = [_document(paper) for paper in papers]
+    return Index(papers, documents, _rarity(documents))
+
+
+def search(query: str, found: Iterable[Entry] | Index | None = None, *, typing: bool = False) -> list[Entry]:
     """Papers that match the query, best first. Each gains `score` and `why`, the words or symptoms that matched.
 
-    Of papers that match alike, those of whose claims a larger share held come first.
+    Of papers that match alike, those of whose claims a larger share held come first. With `typing` the last word may
+    be the beginning of one.
     """
-    papers = list(entries() if found is None else found)
-    documents = [_document(paper) for paper in papers]
-    rarity = _rarity(documents)
+    known = found if isinstance(found, Index) else index(entries() if found is None else found)
     asked = _asked_symptoms(query)
-    terms = [t for t in _words(query) if t in rarity]
+    terms = _terms(query, known.rarity, typing)
     hits = []
-    for paper, document in zip(papers, documents, strict=True):
+    for paper, document in zip(known.papers, known.documents, strict=True):
         symptoms = [s for s in asked if s in paper["helps"]]
-        words = [t for t in dict.fromkeys(terms) if t in document]
-        score = 12.0 * len(symptoms) + sum(rarity[t] * document[t] for t in words)
+        words = [w for meant in terms if (w := _best(meant, document, known.rarity))]
+        score = 12.0 * len(symptoms) + sum(known.rarity[w] * document[w] for w in words)
         if paper["id"] == query.strip().lower().replace("_", "-"):
             score += 100.0
         if score:
@@ -451,14 +476,33 @@ def _rarity(documents: list[dict[str, float]]) -> dict[str, float]:
     return {word: math.log(1 + len(documents) / count) for word, count in counts.items()}
 
 
+def _terms(query: str, rarity: Mapping[str, float], typing: bool) -> list[list[str]]:
+    """For each word of the query the words of the catalogue that it may mean."""
+    terms = [[word] for word in dict.fromkeys(_words(query)) if word in rarity]
+    last = re.findall(r"[a-z0-9]+", query.lower())[-1:]
+    if typing and last and query[-1:].isalnum() and [_stem(last[0])] not in terms:
+        terms.append([word for word in rarity if word.startswith(last[0])])
+    return terms
+
+
+def _best(meant: list[str], document: Mapping[str, float], rarity: Mapping[str, float]) -> str | None:
+    """Of these words the one that counts most in the document, if any is in it."""
+    there = [word for word in meant if word in document]
+    return max(there, key=lambda word: (rarity[word] * document[word], word), default=None)
+
+
 def _asked_symptoms(query: str) -> list[str]:
     """Symptoms of which one phrase occurs in the query, word for word after stemming."""
     asked = _words(query)
     found = []
-    for symptom, phrases in SYMPTOMS.items():
-        for phrase in [symptom.replace("-", " "), *phrases.split(",")]:
+    for symptom in SYMPTOMS:
+        for phrase in _phrases(symptom):
             words = _words(phrase)
             if words and all(w in asked for w in words):
                 found.append(symptom)
                 break
     return found
+
+
+def _phrases(symptom: str) -> list[str]:
+    return [symptom.replace("-", " "), *SYMPTOMS[symptom].split(",")]

@@ -2,6 +2,7 @@
 
 from lossary.roles._battery import Result
 from lossary.roles._mark import Mark, mark_of
+from lossary.roles.assigner import assigner
 from lossary.roles.estimator import estimator
 from lossary.roles.layer import layer
 from lossary.roles.loss import loss
@@ -22,6 +23,7 @@ __all__ = [
     "Procedure",
     "Result",
     "advance",
+    "assigner",
     "check",
     "estimator",
     "layer",

@@ -17,6 +17,13 @@ R = TypeVar("R")
 
 _EXPORTS = {
     "data": "Data Split breast_cancer diabetes digits mnist5k optdigits_writers page_blocks split wine winequality_red",
+    "detection": (
+        "ConvDetector ShapeScenes TransformerDetector conv_head dense_loss dense_predictions detection_ap detections"
+        " grid_points shape_scenes train_detector trained_detector transformer_detector"
+    ),
+    "diffusion": (
+        "Unet digit_denoiser digit_images energy_distance fit_denoiser sliced_wasserstein stacked_denoiser v_error"
+    ),
     "measures": (
         "accuracy auroc balanced_accuracy log_loss mean_average_precision top_hessian_eigenvalue worst_group_accuracy"
     ),
@@ -27,6 +34,7 @@ _EXPORTS = {
         " hide_positives linear_regression_prompts long_tail spurious_groups"
     ),
     "training": "PerSeed cross_entropy fit per_seed",
+    "trained": "trained",
     "workers": "JobError cores run_all warm",
 }
 _HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}

@@ -1,0 +1,120 @@
+"""What claims about tokens share: Markov chains as texts, small stacked networks on sequences, their training."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from lossary.diffusion._chain import MarkovChain, random_chain
+from lossary.diffusion._discrete import TokenProcess
+from lossary.tasks import task
+from lossary.tasks.diffusion import HARMONICS, _waves
+from lossary.tasks.models import StackedMLP, stacked_mlp
+from lossary.tasks.seeds import Seeds
+
+Texts = Callable[[int, Sequence[Generator]], Tensor]
+"""texts(n, generators) -> clean tokens (S, n, L), one generator for each seed."""
+
+
+class StackedTokenNet(nn.Module):
+    """network(x (S, B, L) int64 or (S, B, L, states) weights, t (S, B)) -> (S, B, L, outputs): a stacked perceptron."""
+
+    def __init__(self, mlp: StackedMLP, states: int) -> None:
+        super().__init__()
+        self.mlp, self.states = mlp, states
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        weights = x if x.is_floating_point() else F.one_hot(x, self.states)
+        seen = weights.float().flatten(-2)
+        waves = _waves(t.float()).expand(*seen.shape[:-1], -1)
+        return self.mlp(torch.cat([seen, waves], dim=-1)).unflatten(-1, (weights.shape[-2], -1))  # type: ignore[no-any-return]
+
+
+@task(version=1)
+def stacked_token_net(
+    length: int, states: int, outputs: int, seeds: Seeds, *, hidden: Sequence[int] = (128,)
+) -> StackedTokenNet:
+    """A network on sequences for every seed.
+
+    Args:
+        length: L.
+        states: that a place of the input can be in.
+        outputs: numbers for each place of the output.
+        seeds: stream "init".
+        hidden: widths of the perceptron, SiLU between.
+    """
+    sizes = (length * states + 2 * HARMONICS, *hidden, length * outputs)
+    return StackedTokenNet(stacked_mlp(sizes, seeds, activation="silu"), states)
+
+
+@task(version=1)
+def chains(tokens: int, length: int, seeds: Seeds, *, sharpness: float = 2.0) -> list[MarkovChain]:
+    """A random Markov chain for every seed: texts of which everything is known. Stream "chain"."""
+    return [random_chain(tokens, length, generator=g, sharpness=sharpness) for g in seeds.torch("chain")]
+
+
+def texts_of(languages: Sequence[MarkovChain]) -> Texts:
+    """The texts of each seed's chain."""
+    return lambda n, generators: torch.stack([c.sample(n, generator=g) for c, g in zip(languages, generators)])
+
+
+def noised_tokens(process: TokenProcess, clean: Tensor, t: Tensor, generators: Sequence[Generator]) -> Tensor:
+    """x_t (S, B, L) of clean tokens at times (S, B), each seed with its own generator."""
+    return torch.stack([process.noised(c, s, generator=g) for c, s, g in zip(clean, t, generators)])
+
+
+def spread_times(n: int, generators: Sequence[Generator]) -> Tensor:
+    """(S, n) times in 0 to 1, evenly spread from a random start, float64."""
+    start = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+    return (torch.arange(n) / n + start) % 1
+
+
+@task(version=1)
+def fit_tokens(
+    network: nn.Module,
+    texts: Texts,
+    *,
+    loss: Callable[[nn.Module, Tensor, Tensor, Sequence[Generator]], Tensor],
+    seeds: Seeds,
+    steps: int,
+    batch: int = 64,
+    lr: float = 3e-3,
+) -> None:
+    """Train a stack of networks in place with Adam and a cosine decay.
+
+    Args:
+        network: whose parameters are trained.
+        texts: the data.
+        loss: loss(network, clean (S, B, L), times (S, B) spread over 0 to 1, generators) -> (S, B).
+        seeds: stream "tokens", of data, times and noise.
+        steps, batch, lr: of Adam.
+    """
+    generators = seeds.torch("tokens")
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        clean = texts(batch, generators)
+        optimizer.zero_grad()
+        loss(network, clean, spread_times(batch, generators), generators).mean(-1).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+@task(version=1)
+def pair_error(found: Tensor, languages: Sequence[MarkovChain]) -> Tensor:
+    """Total variation in points between the neighbouring pairs of tokens found (S, N, L) and those of the chains: (S,).
+
+    The average over the L - 1 pairs of places; from the law itself N samples of V tokens give about 40 V / sqrt(N).
+    """
+    errors = []
+    for x, chain in zip(found, languages):
+        tokens = len(chain.initial)
+        place, each = chain.initial, []
+        for i in range(chain.length - 1):
+            expected = place[:, None] * chain.transition
+            pairs = torch.bincount(x[:, i] * tokens + x[:, i + 1], minlength=tokens**2) / len(x)
+            each.append(50 * (pairs - expected.flatten()).abs().sum())
+            place = expected.sum(0)
+        errors.append(torch.stack(each).mean())
+    return torch.stack(errors)
