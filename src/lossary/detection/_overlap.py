@@ -131,17 +131,18 @@ def _polygon(a: Any, b: Any) -> Any:
 
 
 def _polygon_bounds(rows: NDArray) -> NDArray:
-    points = rows.reshape(len(rows), -1, 2)
-    return np.concatenate([points.min(1), points.max(1)], axis=1)
+    x, y = rows[:, ::2], rows[:, 1::2]
+    return np.stack([x.min(1), y.min(1), x.max(1), y.max(1)], axis=1)
 
 
 def _corners(boxes: NDArray) -> NDArray:
-    """Of cx, cy, width, height, angle the four corners; without area for a side below 0."""
+    """Of cx, cy, width, height, angle the four corners: nowhere if a side is not above 0."""
     x, y, width, height, angle = boxes.T
-    cos, sin = np.cos(angle), np.sin(angle)
-    right, up = np.stack([cos, sin]) * np.maximum(width, 0) / 2, np.stack([-sin, cos]) * np.maximum(height, 0) / 2
-    corners = [np.stack([x, y]) + i * right + j * up for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
-    return np.concatenate(corners).T
+    half_width, half_height = (np.where(side > 0, side, np.nan) / 2 for side in (width, height))
+    right = half_width * np.stack([np.cos(angle), np.sin(angle)])
+    up = half_height * np.stack([-np.sin(angle), np.cos(angle)])
+    centre = np.stack([x, y])
+    return np.concatenate([centre - right - up, centre + right - up, centre + right + up, centre - right + up]).T
 
 
 BOX = Overlap(_box, bounds=_as_they_are, broadcasts=True)

@@ -127,16 +127,32 @@ def _split(ends):  # type: ignore[no-untyped-def]
         for first in range(0, leaves, width):
             start, middle = first * n // leaves, (2 * first + width) * n // (2 * leaves)
             stop = (first + width) * n // leaves
-            mine = order[start:stop].copy()
             widest, spread = -1, 0.0
             for d in range(len(ends)):
                 lowest, highest = np.inf, -np.inf
-                for i in mine:
+                for i in order[start:stop]:
                     lowest, highest = min(lowest, ends[d, i]), max(highest, ends[d, i])
                 if highest - lowest > spread:
                     widest, spread = d, highest - lowest
-            if widest >= 0:
-                order[start:stop] = mine[np.argpartition(ends[widest][mine], middle - start)]
+            if widest < 0:
+                continue
+            values, stop = ends[widest], stop - 1
+            while start < stop:  # Hoare's selection; numpy's would take ten seconds to compile
+                pivot, i, j = values[order[(start + stop) // 2]], start, stop
+                while i <= j:
+                    while values[order[i]] < pivot:
+                        i += 1
+                    while values[order[j]] > pivot:
+                        j -= 1
+                    if i <= j:
+                        order[i], order[j] = order[j], order[i]
+                        i, j = i + 1, j - 1
+                if middle <= j:
+                    stop = j
+                elif middle >= i:
+                    start = i
+                else:
+                    break
         width //= 2
     return order
 
