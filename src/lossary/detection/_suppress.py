@@ -166,9 +166,11 @@ def _picker(dims):  # type: ignore[no-untyped-def]
         leaves = 1
         while leaves * LEAF < n:
             leaves *= 2
-        left = np.where(scores >= floor, scores, -1.0)
-        place = np.empty(n, np.int64)
-        place[names] = np.arange(n)
+        left, place = np.full(n, -1.0), np.empty(n, np.int64)
+        for j in range(n):  # numba takes seconds to compile np.where, and as long for an index of indices
+            place[names[j]] = j
+            if scores[j] >= floor:
+                left[j] = scores[j]
 
         # Node 1 is the root, the children of node t are 2 t and 2 t + 1, and leaf i is node leaves + i.
         node_low, node_high = np.full((dims, 2 * leaves), np.inf), np.full((dims, 2 * leaves), -np.inf)
