@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: help venv compare test quick lint bench
+KATEX := src/lossary/site/static/vendor/katex/katex.min.js
+
+.PHONY: help venv compare serve test quick lint bench
 
 help:
 	@echo "make compare   compare published methods on a real, imbalanced data set (set-up included)"
+	@echo "make serve     the catalogue and the comparison as pages, on this machine"
 	@echo "make test      lint, types and every test"
 	@echo "make quick PAPER=polyloss   one paper's tests"
 	@echo "make bench     measure speed against the peers and write docs/performance.md"
@@ -25,7 +28,14 @@ venv: .venv/.done
 compare: venv
 	@$(BIN)/lossary compare red-wine
 
-test: lint
+# Equations are set by KaTeX, from npm; without npm, pages show their source.
+$(KATEX): | venv
+	@$(BIN)/python -m lossary.site.vendor || true
+
+serve: venv $(KATEX)
+	@$(BIN)/lossary serve
+
+test: lint $(KATEX)
 	$(BIN)/python -m pytest -n auto -q
 
 quick: venv

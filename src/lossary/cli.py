@@ -331,6 +331,34 @@ def claim(
         _print_verdicts(done)
 
 
+@app.command(epilog="Example: lossary serve --port 8080")
+def serve(
+    folder: Annotated[Path, typer.Option(help="Where uploads and runs are kept.")] = Path("lossary-site"),
+    host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own asks for a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token: Annotated[str | None, typer.Option(help="What visitors must show. [default: made up where needed]")] = None,
+) -> None:
+    """The catalogue and the comparison as pages in your browser, on this machine."""
+    with _site():
+        from lossary.site.serve import serve as run
+
+        run(folder, host=host, port=port, token=token)
+
+
+@app.command(epilog="Example: lossary build-site public --url https://example.org/lossary")
+def build_site(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Empty, new, or of an earlier build.")],
+    url: Annotated[str, typer.Option(help="Where it will be, for the links of the feed.")] = "",
+) -> None:
+    """Write the catalogue as static pages, for any web host or to open from disk."""
+    with _site():
+        from lossary.site.build import build_site as build
+
+        print(build(folder, url=url))
+
+
 @app.command(epilog="Example: lossary check mypackage.losses:my_loss")
 def check(
     part: Annotated[str, typer.Argument(metavar="MODULE:NAME", help="Your part, or one of ours.")],
@@ -655,6 +683,14 @@ def _print_verdicts(done: list[dict[str, Any]]) -> None:
             f"[dim]At most {expected_by_chance(len(done)):.2g} of {len(done)} would hold by chance alone. "
             "Each verdict speaks of its own task and scale only.[/]"
         )
+
+
+@contextmanager
+def _site() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{error.name} is not installed; pip install 'lossary[site]'") from None
 
 
 def _draw(paper: catalogue.Entry, as_json: bool) -> None:
