@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lossary.detection._average_precision import average_precision
+from lossary.detection._average_precision import average_precision, coco_summary
+from lossary.detection._overlap import POLYGON
 
 UNIT = [0.0, 0.0, 10.0, 10.0]
 
@@ -75,44 +76,133 @@ def test_nothing_found_and_nothing_to_find():
     assert np.isnan(ap([[(UNIT, 0.9)]], [[]]))
 
 
+def test_classes_are_averaged_and_those_without_true_boxes_left_out():
+    """Class 7 is found, class 2 is not, class 5 has nothing to find."""
+    boxes, truth = [torch.tensor([UNIT, shifted(50.0), UNIT])], [torch.tensor([UNIT, shifted(50.0)])]
+    scores = [torch.tensor([0.9, 0.8, 0.7])]
+    hyper = {"labels": [torch.tensor([7, 5, 2])], "truth_labels": [torch.tensor([7, 2])]}
+    assert average_precision(boxes, scores, truth, **hyper) == pytest.approx(50)
+
+
+def test_a_crowd_may_be_found_by_any_number_and_by_nobody():
+    """Three detections within a crowd count for nothing; one that is half in it does not reach a threshold of 0.6."""
+    crowd = [20.0, 0.0, 120.0, 10.0]
+    found = [(shifted(30.0), 0.9), (shifted(40.0), 0.8), (shifted(115.0), 0.75), (UNIT, 0.7)]
+    hyper = {"crowd": [torch.tensor([True, False])], "thresholds": [0.6]}
+    assert ap([found], [[crowd, UNIT]], **hyper) == pytest.approx(50)
+    assert ap([[*found[:2], found[3]]], [[crowd, UNIT]], **hyper) == pytest.approx(100)
+    assert np.isnan(ap([found], [[crowd]], crowd=[torch.tensor([True])]))
+
+
+def test_areas_out_of_range_count_for_nothing():
+    """Boxes of area 100, and one of 400 that finds nothing: wrong only where its size counts."""
+    large = [50.0, 50.0, 70.0, 70.0]
+    detections = [[(large, 0.9), (UNIT, 0.8)]]
+    assert ap(detections, [[UNIT]]) == pytest.approx(50)
+    assert ap(detections, [[UNIT]], area_range=(0, 200)) == pytest.approx(100)
+    assert np.isnan(ap(detections, [[UNIT]], area_range=(200, 500)))
+    assert ap(detections, [[UNIT]], area_range=(200, 500), areas=[torch.tensor([300.0])]) == pytest.approx(50)
+
+
+def test_boxes_that_are_no_boxes():
+    nan = float("nan")
+    odd = [([nan, 0.0, 1.0, 1.0], 0.9), ([5.0, 5.0, 5.0, 9.0], 0.8), ([9.0, 9.0, 1.0, 12.0], 0.7)]
+    assert ap([[*odd, (UNIT, 0.1)]], [[UNIT]]) == pytest.approx(100 / 4)
+    assert ap([[(UNIT, 0.5)]], [[UNIT, [3.0, 3.0, 3.0, 3.0]]]) == pytest.approx(100 * 51 / 101)
+
+
+def test_polygons():
+    """Two triangles of a square: neither overlaps the other, though their bounding boxes are the same."""
+    lower, upper = torch.tensor([[0.0, 0, 4, 0, 0, 4]]), torch.tensor([[4.0, 0, 4, 4, 0, 4]])
+    assert average_precision([lower], [torch.ones(1)], [lower], overlap=POLYGON) == pytest.approx(100)
+    assert average_precision([upper], [torch.ones(1)], [lower], overlap=POLYGON) == 0
+
+
 def test_refusals():
-    with pytest.raises(ValueError, match="truth: expected one entry for each image, got 1, 1 and 2"):
+    one, none = [torch.zeros(1, 4)], [torch.zeros(1)]
+    with pytest.raises(ValueError, match="truth: expected one entry for each of 1 images, got 2"):
         ap([[(UNIT, 0.9)]], [[UNIT], [UNIT]])
     with pytest.raises(ValueError, match="boxes: expected shape"):
         average_precision([torch.zeros(2, 4)], [torch.zeros(3)], [torch.zeros(1, 4)])
+    with pytest.raises(ValueError, match="labels, truth_labels: expected both or neither"):
+        average_precision(one, none, one, labels=[torch.zeros(1).long()])
+    with pytest.raises(ValueError, match=r"crowd: expected shape \(1,\), got \(2,\)"):
+        average_precision(one, none, one, crowd=[torch.zeros(2).bool()])
+    with pytest.raises(ValueError, match="scores: expected numbers, got nan in image 0"):
+        average_precision(one, [torch.tensor([float("nan")])], one)
+    with pytest.raises(ValueError, match="crowd: expected None for shapes that are not boxes"):
+        average_precision(one, none, one, crowd=[torch.zeros(1).bool()], overlap=POLYGON)
+    with pytest.raises(ValueError, match="area_range: expected"):
+        average_precision(one, none, one, area_range=(0, 10), overlap=POLYGON)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_agrees_with_pycocotools(seed):
+def scenes(seed):
+    """Twelve images with three classes, crowds, tied scores, and boxes of all sizes."""
+    rng = np.random.default_rng(seed)
+    found = {name: [] for name in "boxes scores truth labels truth_labels crowd areas".split()}
+    for _ in range(12):
+        corner = rng.uniform(0, 300, (rng.integers(0, 7), 2))
+        true = np.concatenate([corner, corner + np.exp(rng.uniform(2, 5.5, corner.shape))], axis=1)
+        boxes = true.repeat(3, axis=0)
+        boxes = boxes + 0.06 * (boxes[:, 2:] - boxes[:, :2]).repeat(2, axis=1) * rng.normal(size=boxes.shape)
+        boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)  # pycocotools would ignore a negative area
+        extra = rng.uniform(0, 300, (8, 2))
+        boxes = np.concatenate([boxes, np.concatenate([extra, extra + np.exp(rng.uniform(2, 5, (8, 2)))], axis=1)])
+        label = rng.integers(0, 3, len(true))
+        wrong = rng.random(3 * len(true)) < 0.15
+        found["boxes"].append(boxes)
+        found["scores"].append(rng.integers(1, 20, len(boxes)) / 20)
+        found["truth"].append(true)
+        found["labels"].append(np.append(np.where(wrong, 1, label.repeat(3)), rng.integers(0, 4, 8)))
+        found["truth_labels"].append(label)
+        found["crowd"].append(rng.random(len(true)) < 0.2)
+        found["areas"].append((true[:, 2] - true[:, 0]) * (true[:, 3] - true[:, 1]) * rng.uniform(0.4, 1, len(true)))
+    return found
+
+
+def by_pycocotools(found):
+    """The twelve numbers and the table of precisions, (thresholds, recalls, classes, area ranges, limits)."""
     coco = pytest.importorskip("pycocotools.coco").COCO
     evaluation = pytest.importorskip("pycocotools.cocoeval").COCOeval
-    rng = np.random.default_rng(seed)
-    boxes, scores, truth, annotations, results = [], [], [], [], []
-
-    def listed(box, image):
-        (x, y), (w, h) = box[:2], box[2:] - box[:2]
-        return {"image_id": image, "category_id": 1, "bbox": [x, y, w, h]}
-
-    for image in range(5):
-        corner = rng.uniform(0, 60, (rng.integers(1, 6), 2))
-        true = np.concatenate([corner, corner + rng.uniform(10, 30, corner.shape)], axis=1)
-        found = true.repeat(3, axis=0) + rng.normal(0, 2, (3 * len(true), 4))
-        score = rng.integers(1, 20, len(found)) / 20
-        annotations += [{**listed(box, image), "area": 1.0, "iscrowd": 0} for box in true]
-        results += [{**listed(box, image), "score": s} for box, s in zip(found, score)]
-        for kept, value in ((boxes, found), (scores, score), (truth, true)):
-            kept.append(torch.from_numpy(value))
+    annotations, results = [], []
+    for image in range(len(found["boxes"])):
+        for kind, rest in (("", [("score", "scores")]), ("truth_", [("iscrowd", "crowd"), ("area", "areas")])):
+            for k, (x1, y1, x2, y2) in enumerate(found["truth" if kind else "boxes"][image]):
+                entry = {"image_id": image, "category_id": int(found[f"{kind}labels"][image][k])}
+                entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1]} | {
+                    key: float(found[name][image][k]) for key, name in rest
+                }
+                (annotations if kind else results).append(entry)
     with contextlib.redirect_stdout(io.StringIO()):
         known = coco()
         known.dataset = {
-            "images": [{"id": image} for image in range(5)],
-            "annotations": [{**a, "id": 1 + k} for k, a in enumerate(annotations)],
-            "categories": [{"id": 1}],
+            "images": [{"id": image} for image in range(len(found["boxes"]))],
+            "annotations": [{**a, "id": 1 + k, "iscrowd": int(a["iscrowd"])} for k, a in enumerate(annotations)],
+            "categories": [{"id": label} for label in range(4)],
         }
         known.createIndex()
         theirs = evaluation(known, known.loadRes(results), "bbox")
-        theirs.params.areaRng, theirs.params.areaRngLbl = [[0, 1e10]], ["all"]
         theirs.evaluate()
         theirs.accumulate()
-    expected = 100 * theirs.eval["precision"][:, :, 0, 0, -1].mean()
-    assert average_precision(boxes, scores, truth) == pytest.approx(expected, abs=1e-9)
+        theirs.summarize()
+    return theirs.stats, theirs.eval["precision"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_agrees_with_pycocotools(seed):
+    """All twelve numbers to 1e-9 of a point, and AP class by class."""
+    found = scenes(seed)
+    expected, precisions = by_pycocotools(found)
+    tensors = {name: [torch.from_numpy(part) for part in parts] for name, parts in found.items()}
+    summary = coco_summary(**tensors)
+    assert list(summary) == "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+    np.testing.assert_allclose(list(summary.values()), 100 * expected, atol=1e-9)
+    assert average_precision(**tensors) == summary["AP"]
+    for label in range(3):
+        of_one = {name: list(tensors[name]) for name in tensors}
+        for i in range(12):
+            mine, theirs = tensors["labels"][i] == label, tensors["truth_labels"][i] == label
+            for name in tensors:
+                of_one[name][i] = tensors[name][i][mine if name in ("boxes", "scores", "labels") else theirs]
+        alone = average_precision(**of_one, area_range=(32.0**2, 96.0**2), thresholds=[0.5], limit=10)
+        assert alone == pytest.approx(100 * precisions[0, :, label, 2, 1].mean(), abs=1e-9)

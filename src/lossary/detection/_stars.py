@@ -47,6 +47,35 @@ def star_volume(distances: Float[Tensor, "*batch rays"], rays: Rays) -> Float[Te
     return (distances[..., rays.faces].prod(-1) * spanned).sum(-1) / math.factorial(rays.faces.shape[1])
 
 
+def walk(labels: Int[Tensor, "*shape"], start: Int[Tensor, "n dim"], rays: Rays) -> Float[Tensor, "n rays"]:
+    """Distances along the rays from some pixels to where the label ends.
+
+    In steps of 1 until the nearest pixel has another label or lies outside the image; 1 - 1 / (2 max |u|) of the last
+    step is taken back, as the boundary lies half way.
+
+    Args:
+        labels: [z,] y, x.
+        start: indices into it, in the order of its axes.
+        rays: of as many dimensions.
+    """
+    directions = rays.directions.to(labels.device).flip(1)  # in the order of the axes
+    last = torch.tensor(labels.shape, device=labels.device) - 1
+    mine = labels[start.unbind(1)]
+    pixel = torch.arange(len(start), device=labels.device).repeat_interleave(len(directions))
+    ray = torch.arange(len(directions), device=labels.device).repeat(len(start))
+    back = 1 - 0.5 / directions.abs().amax(1)
+    found = torch.zeros(len(start), len(directions), device=labels.device)
+    step = 0
+    while len(pixel):
+        step += 1
+        place = (start[pixel] + step * directions[ray]).round().long()
+        here = labels[place.clamp(min=0).minimum(last).unbind(1)]
+        ended = (here != mine[pixel]) | ((place < 0) | (place > last)).any(1)
+        found[pixel[ended], ray[ended]] = (step - back[ray[ended]]).float()
+        pixel, ray = pixel[~ended], ray[~ended]
+    return found
+
+
 def star_boxes(
     distances: Float[Tensor, "n rays"], rays: Rays, *, reach: int | None = None
 ) -> Bool[Tensor, "n side side ..."]:
