@@ -9,7 +9,7 @@ from scipy.spatial import ConvexHull
 
 from lossary.detection._overlap import pairwise
 from lossary.detection._render import polygon_mask
-from lossary.detection._stars import Rays, star_boxes, star_overlap, star_vertices, star_volume
+from lossary.detection._stars import Rays, star_boxes, star_overlap, star_vertices, star_volume, walk
 from lossary.detection._suppress import hard, suppress
 
 
@@ -38,6 +38,22 @@ def placed(masks: torch.Tensor, centres: torch.Tensor, side: int = 60) -> torch.
     for picture, mask, centre in zip(image, masks, centres.tolist()):
         picture[tuple(slice(c - reach, c + reach + 1) for c in reversed(centre))] = mask
     return image.flatten(1)
+
+
+def test_walks_end_half_way_to_another_label_and_at_the_edge():
+    """From (x, y) = (2, 1) in a box of 5 by 4 pixels at the image's upper left: 3 to the right, then the boundary."""
+    labels = torch.zeros(6, 9, dtype=torch.int64)
+    labels[:4, :5] = 3
+    labels[4, 2] = 3  # a pixel more below
+    distances = walk(labels, torch.tensor([[1, 2], [1, 2]]), ring(8))
+    slant = (3 - 0.5) * math.sqrt(2)  # 45 degrees: half a pixel short of the third pixel
+    expected = [2.5, slant, 3.5, slant, 2.5, (2 - 0.5) * math.sqrt(2), 1.5, (2 - 0.5) * math.sqrt(2)]
+    assert distances[0].tolist() == pytest.approx(expected, abs=0.75)  # slanting steps land on the nearest pixel
+    assert distances[1, ::2].tolist() == [2.5, 3.5, 2.5, 1.5]
+    volume = torch.zeros(5, 6, 7, dtype=torch.int64)
+    volume[1:4, 1:5, 1:6] = 1
+    axes = Rays(torch.cat([torch.eye(3), -torch.eye(3)]).double(), torch.zeros(0, 3, dtype=torch.int64))
+    assert walk(volume, torch.tensor([[2, 3, 2]]), axes)[0].tolist() == [3.5, 1.5, 1.5, 1.5, 2.5, 1.5]
 
 
 def test_in_two_dimensions_a_star_is_its_polygon():
