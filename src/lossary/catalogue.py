@@ -52,7 +52,8 @@ ROOMS = (
 )
 
 Entry = dict[str, Any]
-"""One paper: id, room, module, title, year, summary, about, helps, departs, equation, url, parts, claims, draws, verdict."""
+"""One paper: id, room, module, title, year, summary, about, helps, departs, equation, url, parts, claims, draws and
+verdict."""
 
 
 class CatalogueError(ValueError):
@@ -121,18 +122,24 @@ def held(paper: Entry) -> float:
 
 @dataclass(frozen=True)
 class Index:
-    """Papers with their words, for many searches."""
+    """Papers by their words, for many searches.
+
+    Attributes:
+        papers: in the order of the catalogue.
+        held: of each paper the share of its claims that hold.
+        words: for each word how much it counts in each paper that has it, by the paper's place in `papers`.
+    """
 
     papers: list[Entry]
-    documents: list[dict[str, float]]
-    rarity: dict[str, float]
+    held: list[float]
+    words: dict[str, dict[int, float]]
 
     def to_json(self) -> dict[str, Any]:
-        """What a page needs to search by itself: for each word the papers and its weight in them, and the symptoms."""
-        words: dict[str, list[float]] = {word: [] for word in self.rarity}
-        for number, document in enumerate(self.documents):
-            for word, weight in document.items():
-                words[word] += (number, weight)
+        """What a page needs to search by itself: paper and score by turns for each word, and the symptoms."""
+        words = {
+            word: [x for place, score in places.items() for x in (place, round(score, 4))]
+            for word, places in self.words.items()
+        }
         symptoms = {symptom: [_words(phrase) for phrase in _phrases(symptom)] for symptom in SYMPTOMS}
         return {"words": words, "symptoms": symptoms, "stop": sorted(_STOP)}
 
@@ -140,8 +147,15 @@ class Index:
 def index(papers: Iterable[Entry]) -> Index:
     """Reads the papers' words once, so that each `search` over them is quick."""
     papers = list(papers)
-    documents = [_document(paper) for paper in papers]
-    return Index(papers, documents, _rarity(documents))
+    words: dict[str, dict[int, float]] = {}
+    for place, paper in enumerate(papers):
+        for word, weight in _document(paper).items():
+            words.setdefault(word, {})[place] = weight
+    for places in words.values():
+        rarity = math.log(1 + len(papers) / len(places))
+        for place in places:
+            places[place] *= rarity
+    return Index(papers, [held(paper) for paper in papers], words)
 
 
 def search(query: str, found: Iterable[Entry] | Index | None = None, *, typing: bool = False) -> list[Entry]:
@@ -151,18 +165,17 @@ def search(query: str, found: Iterable[Entry] | Index | None = None, *, typing: 
     be the beginning of one.
     """
     known = found if isinstance(found, Index) else index(entries() if found is None else found)
-    asked = _asked_symptoms(query)
-    terms = _terms(query, known.rarity, typing)
+    asked, name = _asked_symptoms(query), query.strip().lower().replace("_", "-")
+    found_by = [_best(meant, known.words) for meant in _terms(query, known.words, typing)]
     hits = []
-    for paper, document in zip(known.papers, known.documents, strict=True):
-        symptoms = [s for s in asked if s in paper["helps"]]
-        words = [w for meant in terms if (w := _best(meant, document, known.rarity))]
-        score = 12.0 * len(symptoms) + sum(known.rarity[w] * document[w] for w in words)
-        if paper["id"] == query.strip().lower().replace("_", "-"):
-            score += 100.0
+    for place, paper in enumerate(known.papers):
+        symptoms = [symptom for symptom in asked if symptom in paper["helps"]]
+        matched = [scores[place] for scores in found_by if place in scores]
+        score = 12.0 * len(symptoms) + sum(score for score, _ in matched) + 100.0 * (paper["id"] == name)
         if score:
-            hits.append({**paper, "score": round(score, 3), "why": symptoms + [w for w in words if w not in symptoms]})
-    return sorted(hits, key=lambda hit: (-hit["score"], -held(hit), hit["id"]))
+            why = symptoms + [word for _, word in matched if word not in symptoms]
+            hits.append((-round(score, 3), -known.held[place], paper["id"], place, why))
+    return [{**known.papers[place], "score": -score, "why": why} for score, _, _, place, why in sorted(hits)]
 
 
 def lazy_room(
@@ -468,27 +481,22 @@ def _document(paper: Entry) -> dict[str, float]:
     return weights
 
 
-def _rarity(documents: list[dict[str, float]]) -> dict[str, float]:
-    counts: dict[str, int] = {}
-    for document in documents:
-        for word in document:
-            counts[word] = counts.get(word, 0) + 1
-    return {word: math.log(1 + len(documents) / count) for word, count in counts.items()}
-
-
-def _terms(query: str, rarity: Mapping[str, float], typing: bool) -> list[list[str]]:
+def _terms(query: str, known: Iterable[str], typing: bool) -> list[list[str]]:
     """For each word of the query the words of the catalogue that it may mean."""
-    terms = [[word] for word in dict.fromkeys(_words(query)) if word in rarity]
+    terms = [[word] for word in dict.fromkeys(_words(query)) if word in known]
     last = re.findall(r"[a-z0-9]+", query.lower())[-1:]
     if typing and last and query[-1:].isalnum() and [_stem(last[0])] not in terms:
-        terms.append([word for word in rarity if word.startswith(last[0])])
+        terms.append([word for word in known if word.startswith(last[0])])
     return terms
 
 
-def _best(meant: list[str], document: Mapping[str, float], rarity: Mapping[str, float]) -> str | None:
-    """Of these words the one that counts most in the document, if any is in it."""
-    there = [word for word in meant if word in document]
-    return max(there, key=lambda word: (rarity[word] * document[word], word), default=None)
+def _best(meant: list[str], known: Mapping[str, Mapping[int, float]]) -> dict[int, tuple[float, str]]:
+    """For each paper that has any of these words, the one that counts most in it, and how much."""
+    best: dict[int, tuple[float, str]] = {}
+    for word in meant:
+        for place, score in known[word].items():
+            best[place] = max(best.get(place, (0.0, "")), (score, word))
+    return best
 
 
 def _asked_symptoms(query: str) -> list[str]:

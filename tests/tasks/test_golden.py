@@ -55,13 +55,58 @@ def targets() -> Tensor:
     return torch.arange(200) % 4
 
 
+def heads() -> tuple[nn.Module, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tasks.conv_head(4, 2, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
+
+
+def found() -> tuple[Tensor, Tensor]:
+    """Class scores and boxes of two scenes, as a network might say them: the true boxes, shifted."""
+    scenes = seen()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 6, 6, generator=generator)
+    return noise + torch.nn.functional.one_hot(scenes.labels, 6) * scenes.mask[..., None], scenes.boxes + 2 * noise[
+        ..., :4
+    ]
+
+
+def seen() -> tasks.ShapeScenes:
+    return tasks.shape_scenes(2, family="crowded", generator=SEEDS.numpy("scenes")[0])
+
+
+def drift() -> float:
+    """How far a step of training goes, coarsely: where a gradient is almost 0, single precision tosses the sign."""
+    start = tasks.ConvDetector(generator=torch.Generator().manual_seed(0)).backbone[0][0].weight
+    end = tasks.trained_detector("plain", steps=1).backbone[0][0].weight
+    return round(float((end - start).detach().abs().mean()), 5)
+
+
+def line() -> nn.Module:
+    layer = tasks.stacked_mlp((3, 1), SEEDS).double()
+    x = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    order = torch.Generator().manual_seed(1)
+    tasks.train_detector(
+        lambda rows: layer(x[:, rows]).square().mean(), layer.parameters(), n=20, steps=5, generator=order
+    )
+    return layer
+
+
 GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
     "accuracy": (1, lambda: checksum(tasks.accuracy(*scored())), 42.04786),
     "auroc": (1, lambda: checksum(tasks.auroc(scored()[0][..., 1], scored()[1] == 1)), 82.1211963),
     "balanced_accuracy": (1, lambda: checksum(tasks.balanced_accuracy(*scored())), 44.5369778),
     "blurred_masks": (1, lambda: of_parts(tasks.blurred_masks(SEEDS, 3)), 33.461927),
     "breast_cancer": (1, lambda: of_data(tasks.breast_cancer()), 49.7896426),
+    "conv_head": (1, lambda: of_model(heads()[0]), 0.576202202),
     "crowded_boxes": (1, lambda: of_parts(tasks.crowded_boxes(SEEDS, 3)), 156.153295),
+    "dense_loss": (
+        1,
+        lambda: float(tasks.dense_loss(*found(), found()[0] / 2, found()[1] + 1, found()[0][..., 0])),
+        9.08111572,
+    ),
+    "dense_predictions": (1, lambda: checksum(*tasks.dense_predictions(heads()[1], tasks.grid_points())), 143.794972),
+    "detection_ap": (1, lambda: tasks.detection_ap(tasks.detections(*found()), seen()), 67.0049505),
+    "detections": (1, lambda: checksum(*tasks.detections(*found(), iou_threshold=0.5)[1]), 165.537974),
     "diabetes": (1, lambda: of_data(tasks.diabetes()), 52.873351),
     "digit_sets": (1, lambda: sum(map(of_data, tasks.digit_sets(SEEDS, 5, test=5))), 7.9469941),
     "digits": (1, lambda: of_data(tasks.digits()), 156.544383),
@@ -84,11 +129,19 @@ GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
     "mnist5k": (1, lambda: of_data(tasks.mnist5k()), -19.7690989),
     "optdigits_writers": (1, lambda: of_data(tasks.optdigits_writers()), -188.193087),
     "page_blocks": (1, lambda: of_data(tasks.page_blocks()), 166.953796),
+    "shape_scenes": (1, lambda: of_parts(seen()), -79.1263889),
     "small_cnn": (1, lambda: of_model(tasks.small_cnn(3, generator=SEEDS.torch("init")[0])), 1.77439147),
     "split": (1, lambda: of_parts(tasks.split(tasks.digits(), SEEDS)), 1029.04148),
     "spurious_groups": (1, lambda: sum(map(of_data, tasks.spurious_groups(SEEDS))), 39.0280627),
     "stacked_mlp": (1, lambda: of_model(tasks.stacked_mlp((4, 5, 3), SEEDS)), 0.971097844),
     "top_hessian_eigenvalue": (1, lambda: checksum(sharpness()), 1.863413),
+    "train_detector": (1, lambda: of_model(line()), 0.0359143377),
+    "trained_detector": (1, drift, 0.003),
+    "transformer_detector": (
+        1,
+        lambda: of_model(tasks.transformer_detector(generator=SEEDS.torch("init")[0], inputs=4)),
+        -21.4314973,
+    ),
     "wine": (1, lambda: of_data(tasks.wine()), 5.09965637),
     "winequality_red": (1, lambda: of_data(tasks.winequality_red()), 42.7299721),
     "worst_group_accuracy": (

@@ -8,13 +8,11 @@ at a fixed score, choose that score anew. In sparse scenes it changes little.
 
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lossary import require
-from lossary.detection._suppress import hard, suppress
+from lossary.detection._suppress import gaussian, hard, linear, suppress
 from lossary.paper import Paper
 from lossary.roles import suppressor
 
@@ -26,6 +24,10 @@ PAPER = Paper(
         "continuous coordinates as in torchvision; the official code adds a pixel to each side of a box",
         "an overlap of exactly the threshold is left alone, as in the official code; eq. 1 and 2 decay it",
         "the score threshold also drops boxes that overlap nothing; the official code tests only decayed scores",
+    ),
+    equation=(
+        r"s_i\leftarrow s_i\,\exp\bigl(-\operatorname{IoU}(M,b_i)^2/\sigma\bigr),\qquad "
+        r"M:\ \text{the best box left, picked anew after each decay}"
     ),
     url="https://arxiv.org/abs/1704.04503",
 )
@@ -65,6 +67,7 @@ def soft_nms(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a hyper-parameter outside its range.
 
+    >>> import torch
     >>> boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0], [5.0, 5.0, 6.0, 6.0]])
     >>> soft_nms(boxes, torch.tensor([0.9, 0.8, 0.7]))  # an IoU of 1/3: 0.8 exp(-(1/9) / 0.5)
     (tensor([0, 2, 1]), tensor([0.9000, 0.7000, 0.6406]))
@@ -104,6 +107,7 @@ def batched_soft_nms(
     Raises:
         ValueError: as in `soft_nms`, or idxs that do not fit the scores.
 
+    >>> import torch
     >>> boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
     >>> batched_soft_nms(boxes, torch.tensor([0.8, 0.9]), torch.tensor([0, 1]))
     (tensor([1, 0]), tensor([0.9000, 0.8000]))
@@ -111,24 +115,7 @@ def batched_soft_nms(
     _check(boxes, scores)
     require.integers("idxs", idxs, shape=scores.shape)
     decay, parameter = _decay(method, sigma, iou_threshold, score_threshold)
-    kept, decayed = [idxs[:0]], [scores.detach()[:0]]
-    counts = idxs.unique(return_counts=True)[1].tolist()
-    for mine in idxs.argsort(stable=True).split(counts):
-        keep, left = suppress(boxes[mine], scores[mine], decay=decay, parameter=parameter, floor=score_threshold)
-        kept.append(mine[keep])
-        decayed.append(left)
-    keep, left = torch.cat(kept), torch.cat(decayed)
-    by_index = keep.argsort()
-    order = by_index[left[by_index].argsort(descending=True, stable=True)]
-    return keep[order], left[order]
-
-
-def _gaussian(overlap: Any, sigma: float) -> Any:
-    return np.exp(-overlap * overlap / sigma)
-
-
-def _linear(overlap: Any, threshold: float) -> Any:
-    return 1.0 - overlap * (overlap > threshold)
+    return suppress(boxes, scores, decay=decay, parameter=parameter, floor=score_threshold, groups=idxs)
 
 
 def _decay(method: Method, sigma: float, iou_threshold: float, score_threshold: float) -> tuple[Any, float]:
@@ -137,7 +124,7 @@ def _decay(method: Method, sigma: float, iou_threshold: float, score_threshold: 
     _number("sigma", sigma, above=0.0)
     _number("iou_threshold", iou_threshold, at_least=0.0, at_most=1.0)
     _number("score_threshold", score_threshold, at_least=0.0)
-    decays = {"gaussian": (_gaussian, sigma), "linear": (_linear, iou_threshold), "hard": (hard, iou_threshold)}
+    decays = {"gaussian": (gaussian, sigma), "linear": (linear, iou_threshold), "hard": (hard, iou_threshold)}
     return decays[method]
 
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lossary.diffusion._chain import MarkovChain, random_chain
-from lossary.diffusion._discrete import TokenProcess
+from lossary.diffusion._discrete import TokenProcess, _rows
+from lossary.diffusion._process import over
 from lossary.tasks import task
 from lossary.tasks.diffusion import HARMONICS, _waves
 from lossary.tasks.models import StackedMLP, stacked_mlp
@@ -18,7 +19,10 @@ Texts = Callable[[int, Sequence[Generator]], Tensor]
 
 
 class StackedTokenNet(nn.Module):
-    """network(x (S, B, L) int64 or (S, B, L, states) weights, t (S, B)) -> (S, B, L, outputs): a stacked perceptron."""
+    """network(x, t (S, B) or (S,)) -> (S, B, L, outputs): a stacked perceptron of tokens or their embeddings.
+
+    x is (S, B, L) int64 below `states`, or real (S, B, L, states).
+    """
 
     def __init__(self, mlp: StackedMLP, states: int) -> None:
         super().__init__()
@@ -27,7 +31,7 @@ class StackedTokenNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         weights = x if x.is_floating_point() else F.one_hot(x, self.states)
         seen = weights.float().flatten(-2)
-        waves = _waves(t.float()).expand(*seen.shape[:-1], -1)
+        waves = _waves(over(t.float(), seen[..., 0]).expand(seen.shape[:-1]))
         return self.mlp(torch.cat([seen, waves], dim=-1)).unflatten(-1, (weights.shape[-2], -1))  # type: ignore[no-any-return]
 
 
@@ -56,12 +60,30 @@ def chains(tokens: int, length: int, seeds: Seeds, *, sharpness: float = 2.0) ->
 
 def texts_of(languages: Sequence[MarkovChain]) -> Texts:
     """The texts of each seed's chain."""
-    return lambda n, generators: torch.stack([c.sample(n, generator=g) for c, g in zip(languages, generators)])
+    initial = torch.stack([chain.initial for chain in languages])[:, None]
+    transition = torch.stack([chain.transition for chain in languages])
+
+    def texts(n: int, generators: Sequence[Generator]) -> Tensor:
+        chance = torch.stack([torch.rand(languages[0].length, n, generator=g, dtype=torch.float64) for g in generators])
+        tokens = [_inverted(initial, chance[:, 0])]
+        for i in range(1, languages[0].length):
+            rows = transition.gather(1, tokens[-1][..., None].expand(-1, -1, transition.shape[-1]))
+            tokens.append(_inverted(rows, chance[:, i]))
+        return torch.stack(tokens, dim=-1)
+
+    return texts
 
 
 def noised_tokens(process: TokenProcess, clean: Tensor, t: Tensor, generators: Sequence[Generator]) -> Tensor:
     """x_t (S, B, L) of clean tokens at times (S, B), each seed with its own generator."""
-    return torch.stack([process.noised(c, s, generator=g) for c, s, g in zip(clean, t, generators)])
+    chance = torch.stack([torch.rand(clean.shape[1:], generator=g, dtype=torch.float64) for g in generators])
+    return _inverted(_rows(process.cumulative(t.double()), clean), chance)
+
+
+def _inverted(probabilities: Tensor, chance: Tensor) -> Tensor:
+    """The token at which the cumulative probabilities (*batch, K) pass uniform numbers (*batch)."""
+    passed = (chance[..., None] >= probabilities.cumsum(-1)).sum(-1)
+    return passed.clamp(max=probabilities.shape[-1] - 1)
 
 
 def spread_times(n: int, generators: Sequence[Generator]) -> Tensor:
