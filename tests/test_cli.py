@@ -31,7 +31,9 @@ def lossary(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["compare", "find", "show", "claim", "serve", "build-site", "digest", "check", "new", "audit"])
+@pytest.mark.parametrize(
+    "command", ["compare", "find", "show", "claim", "serve", "build-site", "digest", "check", "new", "audit"]
+)
 def test_every_command_helps_with_an_example(command):
     done = lossary(command, "--help")
     assert done.returncode == 0

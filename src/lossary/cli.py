@@ -1,6 +1,7 @@
 """The command line. Everything heavy is imported inside the command that needs it, so that search stays instant."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -357,6 +358,44 @@ def build_site(
         from lossary.site.build import build_site as build
 
         print(build(folder, url=url))
+
+
+@app.command(epilog="Example: lossary digest --to me@example.org --smtp mail.example.org:587 --room losses")
+def digest(
+    to: Annotated[str, typer.Option(help="Who gets it.")],
+    smtp: Annotated[str, typer.Option(help="Mail server: HOST or HOST:PORT.")],
+    query: Annotated[
+        str | None, typer.Option("--search", help="Only papers that `lossary find` gives for this.")
+    ] = None,
+    room: Annotated[str | None, typer.Option(help="Only papers of this room.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Only verdicts of this day or later, 2026-01-31. [default at first: yesterday]")
+    ] = None,
+    sender: Annotated[str | None, typer.Option("--from", help="Sender's address. [default: the receiver's]")] = None,
+    url: Annotated[str, typer.Option(help="Where the site is, for links.")] = "",
+    state: Annotated[Path, typer.Option(help="Keeps what was sent.")] = Path("~/.local/state/lossary/digest.json"),
+) -> None:
+    """Mail new and changed verdicts, each once: for cron.
+
+    A login is read from LOSSARY_SMTP_USER and LOSSARY_SMTP_PASSWORD.
+    """
+    with _site():
+        from lossary.site.digest import send
+
+        user, password = (os.environ.get(f"LOSSARY_SMTP_{name}") for name in ("USER", "PASSWORD"))
+        login = (user, password) if user and password else None
+        count = send(
+            to,
+            smtp,
+            search=query,
+            room=room,
+            since=since,
+            sender=sender,
+            url=url,
+            state=state.expanduser(),
+            login=login,
+        )
+    print(f"{count} verdicts sent to {to}" if count else "nothing new; nothing sent")
 
 
 @app.command(epilog="Example: lossary check mypackage.losses:my_loss")

@@ -91,6 +91,22 @@ def line() -> nn.Module:
     return layer
 
 
+def points() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 2, 30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
+
+
+def denoiser() -> nn.Module:
+    model = tasks.stacked_denoiser(3, SEEDS, hidden=(8,)).double()
+    tasks.fit_denoiser(model, lambda n, generators: (points()[0][:, :n],), seeds=SEEDS, steps=5, batch=30)
+    return model
+
+
+def learned() -> float:
+    """How large the weights are after a step, coarsely, as in `drift`."""
+    weight = tasks.digit_denoiser(steps=1, channels=8).network.first.weight
+    return round(float(weight.abs().mean()), 3)
+
+
 GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
     "accuracy": (1, lambda: checksum(tasks.accuracy(*scored())), 42.04786),
     "auroc": (1, lambda: checksum(tasks.auroc(scored()[0][..., 1], scored()[1] == 1)), 82.1211963),
@@ -108,9 +124,13 @@ GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
     "detection_ap": (1, lambda: tasks.detection_ap(tasks.detections(*found()), seen()), 67.0049505),
     "detections": (1, lambda: checksum(*tasks.detections(*found(), iou_threshold=0.5)[1]), 165.537974),
     "diabetes": (1, lambda: of_data(tasks.diabetes()), 52.873351),
+    "digit_denoiser": (1, learned, 0.183),
+    "digit_images": (1, lambda: sum(checksum(*tasks.digit_images(size)) for size in (8, 16)), 301.802472),
     "digit_sets": (1, lambda: sum(map(of_data, tasks.digit_sets(SEEDS, 5, test=5))), 7.9469941),
     "digits": (1, lambda: of_data(tasks.digits()), 156.544383),
+    "energy_distance": (1, lambda: checksum(tasks.energy_distance(*points())), 0.280254589),
     "fit": (1, lambda: of_model(trained()), -10.1835211),
+    "fit_denoiser": (1, lambda: of_model(denoiser()), -0.856620435),
     "flip_labels": (1, lambda: checksum(*tasks.flip_labels(targets(), 0.3, SEEDS)), -7.60400379),
     "gaussian_blobs": (1, lambda: of_parts(tasks.gaussian_blobs(SEEDS, 20, classes=3, dimensions=4)), 5.97976999),
     "hide_positives": (1, lambda: checksum(tasks.hide_positives(torch.ones(50, 3), 0.5, SEEDS)), -10.3780266),
@@ -130,9 +150,11 @@ GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
     "optdigits_writers": (1, lambda: of_data(tasks.optdigits_writers()), -188.193087),
     "page_blocks": (1, lambda: of_data(tasks.page_blocks()), 166.953796),
     "shape_scenes": (1, lambda: of_parts(seen()), -79.1263889),
+    "sliced_wasserstein": (1, lambda: checksum(tasks.sliced_wasserstein(*points())), 0.538888169),
     "small_cnn": (1, lambda: of_model(tasks.small_cnn(3, generator=SEEDS.torch("init")[0])), 1.77439147),
     "split": (1, lambda: of_parts(tasks.split(tasks.digits(), SEEDS)), 1029.04148),
     "spurious_groups": (1, lambda: sum(map(of_data, tasks.spurious_groups(SEEDS))), 39.0280627),
+    "stacked_denoiser": (1, lambda: of_model(tasks.stacked_denoiser(3, SEEDS, hidden=(5,))), -0.226257329),
     "stacked_mlp": (1, lambda: of_model(tasks.stacked_mlp((4, 5, 3), SEEDS)), 0.971097844),
     "top_hessian_eigenvalue": (1, lambda: checksum(sharpness()), 1.863413),
     "train_detector": (1, lambda: of_model(line()), 0.0359143377),

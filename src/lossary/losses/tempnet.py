@@ -6,7 +6,7 @@ best tau differs from sample to sample. `robust_temperature_loss` finds it exact
 learns to predict it from the logits alone, so that it serves prediction too: divide the logits by it. Try it for
 language models and other tasks with many classes in which some contexts leave one answer and others many, jointly
 with the model or on top of a frozen one. rho needs tuning, between 0 and log K. The tau that is robust is not the tau
-that calibrates: where probabilities are all you want, fit one temperature on held-out data first. """
+that calibrates: where probabilities are all you want, fit one temperature on held-out data first."""
 
 import math
 

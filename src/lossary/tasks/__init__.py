@@ -34,7 +34,7 @@ _EXPORTS = {
         " hide_positives linear_regression_prompts long_tail spurious_groups"
     ),
     "training": "PerSeed cross_entropy fit per_seed",
-    "trained": "trained",
+    "cache": "trained",
     "workers": "JobError cores run_all warm",
 }
 _HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}

@@ -21,8 +21,8 @@ from lossary.detection._average_precision import average_precision
 from lossary.detection._heads import around, box_giou, corners, sine_position
 from lossary.detection._suppress import hard, suppress
 from lossary.tasks import task
+from lossary.tasks.cache import trained
 from lossary.tasks.models import _drawn
-from lossary.tasks.trained import trained
 
 SIZE, STRIDE = 64, 8
 SHAPES = ("disc", "square", "diamond", "triangle", "cross", "ring")

@@ -12,10 +12,10 @@ from lossary import require
 from lossary.diffusion._denoiser import Denoise, Denoiser, denoising_error
 from lossary.diffusion._process import Process, cosine, over
 from lossary.tasks import task
+from lossary.tasks.cache import trained
 from lossary.tasks.data import digits, mnist5k
 from lossary.tasks.models import StackedMLP, stacked_mlp
 from lossary.tasks.seeds import Seeds
-from lossary.tasks.trained import trained
 
 EDGE = 1e-3  # times are drawn from EDGE to 1 - EDGE
 HARMONICS = 4
