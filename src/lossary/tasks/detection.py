@@ -99,7 +99,7 @@ def _places(n: int, together: int, rng: np.random.Generator) -> tuple[NDArray, N
         fits &= ~((_iou(tried[:, :, :, None], placed) > 0.1) & there).any((2, 3))
         mine = slice(slot * together, (slot + 1) * together)
         boxes[:, mine] = tried[np.arange(n), fits.argmax(1)]
-        mask[:, mine] = (fits.any(1) & (slot < wanted))[:, None]
+        mask[:, mine] = (fits.any(1) & (slot < wanted))[:, None]  # type: ignore[call-overload]
     return boxes, mask
 
 
@@ -161,7 +161,7 @@ class ConvDetector(nn.Module):
         self.backbone = nn.Sequential(*(_convolution(*step, generator) for step in (*steps, steps[-1])))
         self.head = conv_head(width, classes, generator=generator)
         self.register_buffer("points", grid_points())
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, 64, 64) to logits (B, 64, classes) and boxes (B, 64, 4)."""
@@ -181,9 +181,9 @@ def conv_head(width: int, classes: int, *, generator: Generator) -> nn.Sequentia
     last = _drawn(nn.Conv2d(width, classes + 4, 1, device="meta"), generator)
     with torch.no_grad():
         last.weight.mul_(0.1)
-        last.bias[:classes].fill_(-3.0)
-        last.bias[classes:].zero_()
-    return nn.Sequential(_convolution(width, width, 1, generator), last).to(memory_format=torch.channels_last)
+        last.bias[:classes].fill_(-3.0)  # type: ignore[index]
+        last.bias[classes:].zero_()  # type: ignore[index]
+    return nn.Sequential(_convolution(width, width, 1, generator), last).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @task(version=1)
@@ -213,12 +213,13 @@ def trained_detector(family: str, *, steps: int = 1500) -> ConvDetector:
 
     def one_to_many(network: nn.Module) -> None:
         scenes = shape_scenes(max(steps, 16), family=family, generator=np.random.default_rng(0))
-        settings = {"k": 10, "alpha": 0.5, "beta": 6.0}
 
         def objective(rows: Tensor) -> Tensor:
             logits, boxes = network(scenes.images[rows])
             truth, labels, mask = scenes.boxes[rows], scenes.labels[rows], scenes.mask[rows]
-            match, weight = task_aligned(logits.sigmoid(), boxes, grid_points(), truth, labels, mask, **settings)
+            match, weight = task_aligned(
+                logits.sigmoid(), boxes, grid_points(), truth, labels, mask, k=10, alpha=0.5, beta=6.0
+            )
             target = F.one_hot(taken(labels, match), logits.shape[-1]) * weight.unsqueeze(-1)
             return dense_loss(logits, boxes, target, taken(truth, match), weight)
 
