@@ -13,6 +13,12 @@ The engine sees every network as `denoise(x, sigma) -> x_0`, x being data plus n
 
 | Your trouble | Try first | Then |
 |---|---|---|
+| how to weigh the noise levels | `snr_weight` of the network's own prediction | `debiased_estimation_loss` |
+| outliers in the data | `scheduled_pseudo_huber_loss` | `cauchy_loss` in consistency training |
+| the clean score is known, samples are dear | `target_score_matching_loss` | `target_score_estimate` |
+| an unnormalised density, no samples | `PathIntegralSampler` with `log_variance_loss` | |
+| data near a plane of few dimensions | `SubspaceScoreNet` | `MoLRGDenoiser` for several planes |
+| how many samples it takes | `minimax_exponent` | `empirical_rate`, `RidgeTilt` |
 """
 
 from lossary.catalogue import lazy_room
