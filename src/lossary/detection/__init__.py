@@ -2,10 +2,10 @@
 
 The engines: `_overlap` (boxes, rotated boxes and any simple polygon; `pairwise` for tables of them, `box_iou` with
 gradients), `_suppress.suppress` (one greedy loop for every overlap and decay: take the best detection left, decay the
-scores of those it overlaps, repeat; a tree keeps it from comparing shapes far apart), `_assign` (which prediction learns
-which object: task-aligned, ATSS, Hungarian, by overlap), `_stars` and `_render` (star-convex shapes, masks of polygons),
-`_average_precision` (COCO's measures) and `_coco` (its JSON). numba compiles the loops where it is installed (`pip
-install lossary[fast]`), numpy runs them where it is not.
+scores of those it overlaps, repeat; a tree keeps it from comparing shapes far apart), `_assign` (which prediction
+learns which object: task-aligned, ATSS, Hungarian, by overlap), `_stars` and `_render` (star-convex shapes, masks of
+polygons), `_average_precision` (COCO's measures) and `_coco` (its JSON). numba compiles the loops where it is installed
+(`pip install lossary[fast]`), numpy runs them where it is not.
 
 | Your trouble | Try first | Then |
 |---|---|---|
@@ -32,6 +32,11 @@ __getattr__, __dir__ = lazy_room(
     __name__,
     {
         "average_precision": "lossary.detection._average_precision",
+        "coco_summary": "lossary.detection._average_precision",
+        "read_annotations": "lossary.detection._coco",
+        "read_detections": "lossary.detection._coco",
+        "write_annotations": "lossary.detection._coco",
+        "write_detections": "lossary.detection._coco",
         "box_iou": "lossary.detection._overlap",
         "pairwise": "lossary.detection._overlap",
         "suppress": "lossary.detection._suppress",
