@@ -51,6 +51,8 @@ ROOMS = (
     "dynamics",
 )
 
+_READER = Path(__file__).stat().st_mtime_ns  # of the code that runs, should its file be replaced meanwhile
+
 Entry = dict[str, Any]
 """One paper: id, room, module, title, year, summary, about, helps, departs, equation, url, parts, claims, draws and
 verdict."""
@@ -387,7 +389,7 @@ class _Cache:
 
     def __init__(self, package: Path) -> None:
         base = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
-        key = hashlib.sha256(f"{package}{Path(__file__).stat().st_mtime_ns}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{package}{_READER}".encode()).hexdigest()[:16]
         self.path = Path(base) / "lossary" / f"index-{key}.json"
         self.package = package
         self.known: dict[str, Any] = {}
