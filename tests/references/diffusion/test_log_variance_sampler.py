@@ -101,6 +101,13 @@ def test_kl_differentiates_the_paths_and_log_variance_does_not():
         assert slope.item() == pytest.approx((values[0] - values[1]).item() / (2 * step), rel=0.02)
 
 
+def test_kl_leaves_the_ito_integral_out():
+    sampler = PathIntegralSampler(u, log_density, ControlledSDE(scale=1.3, steps=5))
+    paths = sampler.sde.paths(u, log_density, (6, 2), generator=rng())
+    torch.testing.assert_close(sampler.loss((6, 2), divergence="kl", generator=rng()), paths.log_ratio - paths.ito)
+    assert paths.ito.abs().min() > 0
+
+
 def test_the_values_average_to_the_variance():
     r = torch.randn(3, 7, generator=rng(), dtype=torch.float64)
     torch.testing.assert_close(log_variance_loss(r).mean(-1), r.var(-1))

@@ -134,7 +134,7 @@ def draw(seeds: Seeds) -> list[Panel]:
     """Along the tilted direction and across it, in 32 dimensions: truth and samples of a trained network."""
     one = seeds.one(0)
     found, true = (side[0, :500] for side in _along(one, MANY, 0.003))
-    side = torch.randn(500, 1, generator=one.torch("panel")[0])
+    side = torch.randn(len(found), 1, generator=one.torch("panel")[0])
     return [
         Panel(name, points=torch.cat([points, side], 1).numpy())
         for name, points in (("data along the tilt", true), ("samples along the tilt", found))
