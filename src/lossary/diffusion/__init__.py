@@ -17,6 +17,11 @@ The engine sees every network as `denoise(x, sigma) -> x_0`, x being data plus n
 | outliers in the data | `scheduled_pseudo_huber_loss` | `cauchy_loss` in consistency training |
 | the clean score is known, samples are dear | `target_score_matching_loss` | `target_score_estimate` |
 | an unnormalised density, no samples | `PathIntegralSampler` with `log_variance_loss` | |
+| text and tokens | `score_entropy_loss`, then `SEDDSampler` | `D3PM` where some tokens are near others |
+| tokens drawn one by one, few network calls | `first_hitting` | `truncated_gumbel_probabilities`: what float32 does |
+| tokens without a mask or a matrix | `DiscreteBFN` | `ContinuousBFN` for numbers |
+| diffusion on word embeddings | `embedding_diffusion_anchor_loss` | `SoftMaskedNoise` |
+| the bound itself is what counts | `DiffEnc` | `best_variance_ratio` |
 | data near a plane of few dimensions | `SubspaceScoreNet` | `MoLRGDenoiser` for several planes |
 | how many samples it takes | `minimax_exponent` | `empirical_rate`, `RidgeTilt` |
 """
