@@ -5,11 +5,12 @@ export OMP_NUM_THREADS := 1
 
 KATEX := src/lossary/site/static/vendor/katex/katex.min.js
 
-.PHONY: help venv compare serve test quick lint bench
+.PHONY: help venv compare serve site test quick lint bench
 
 help:
 	@echo "make compare   compare published methods on a real, imbalanced data set (set-up included)"
 	@echo "make serve     the catalogue and the comparison as pages, on this machine"
+	@echo "make site      the catalogue as static pages, in public/"
 	@echo "make test      lint, types and every test"
 	@echo "make quick PAPER=polyloss   one paper's tests"
 	@echo "make bench     measure speed against the peers and write docs/performance.md"
@@ -34,6 +35,9 @@ $(KATEX): | venv
 
 serve: venv $(KATEX)
 	@$(BIN)/lossary serve
+
+site: venv $(KATEX)
+	@$(BIN)/lossary build-site public
 
 test: lint $(KATEX)
 	$(BIN)/python -m pytest -n auto -q

@@ -36,7 +36,7 @@ def maps_of(targets):
     ("w", "h", "overlap"), [(9.0, 4.5, 0.1), (20.0, 17.0, 0.01), (6.0, 30.0, 0.7), (14.0, 14.0, 0.3)]
 )
 def test_radius_keeps_the_overlap(w, h, overlap):
-    """The largest move of both corners that keeps the IoU: the same way, inwards, outwards."""
+    """CornerNet: the least of the moves of both corners that just keep the IoU, the same way, inwards and outwards."""
 
     def common(shared, union):
         return shared / union - overlap
