@@ -28,7 +28,7 @@ def maps_of(targets):
     shape = targets.centers.shape[2:]
     maps = targets.regression[:, :1].mT.expand(-1, -1, shape.numel()).clone()
     for b, t in targets.mask.nonzero().tolist():
-        maps[b, :, targets.index[b, t]] = targets.regression[b, t]
+        maps[b, :, targets.cells[b, t]] = targets.regression[b, t]
     return maps.unflatten(2, shape)
 
 
@@ -69,7 +69,7 @@ def test_corners_of_a_turned_box():
     assert expected == {(9, 6), (17, 12), (14, 16), (6, 10)}
     assert {(x, y) for y, x in (targets.corners[0, 0] == 1).nonzero().tolist()} == expected
     assert (targets.centers[0, 0] == 1).nonzero().tolist() == [[11, 12]]
-    assert targets.index.item() == 11 * 30 + 12
+    assert targets.cells.item() == 11 * 30 + 12
     assert targets.regression[0, 0].tolist() == pytest.approx([0.25, 0.75, 10.0, 5.0, 0.6, 0.8])
 
 
@@ -183,7 +183,7 @@ def test_degenerate_input():
     assert torch.equal(targets.centers, alone.centers)
     assert torch.equal(targets.corners, alone.corners)
     assert not targets.regression[:, :4].any()
-    assert not targets.index[:, :4].any()
+    assert not targets.cells[:, :4].any()
     maps = maps_of(alone).requires_grad_()
     assert center_box_loss(maps, targets).item() == 0.0
     none = gaussian_heatmap_targets(torch.zeros(1, 0, 5), torch.zeros(1, 0, dtype=torch.bool), height=4, width=5)
