@@ -105,8 +105,9 @@ def test_a_room_is_filtered_and_sorted(page, server):
 def test_an_example_is_copied_as_it_stands(open_page, server):
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     page.goto(f"{server.url}/papers/losses/polyloss")
-    page.locator("#part-poly1_cross_entropy [data-copy]").click()
-    assert page.locator("#part-poly1_cross_entropy [data-copy]").inner_text() == "Copied"
+    button = page.locator("#part-poly1_cross_entropy [data-copy]")
+    button.click()
+    button.filter(has_text="Copied").wait_for()
     copied = page.evaluate("navigator.clipboard.readText()")
     assert "from lossary.losses import poly1_cross_entropy" in copied
     compile(copied, "copied", "exec")

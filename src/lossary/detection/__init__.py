@@ -12,6 +12,7 @@ polygons), `_average_precision` (COCO's measures) and `_coco` (its JSON). numba 
 | objects in crowds, true boxes that overlap | `soft_nms` with method "gaussian" | `batched_soft_nms` for classes |
 | no NMS at all | `DualAssignmentLoss` on a dense head | `HybridAssignmentTrainer` on a transformer |
 | which point learns which object | `task_aligned_assign` | `atss_assign`, `adaptive_anchor_assign` for long boxes |
+| boxes seen from above, turned | `gaussian_heatmap_targets`, `decode_center_peaks` | `keypoint_sensitive_warp` |
 | rare classes | `gumbel_optimized_loss` | |
 | a class of which there are a few pictures | `AttentionRPN` with `MultiRelationHead` | |
 | cells, nuclei, round things that touch | `predict_instances` on `star_distances` | |
