@@ -4,8 +4,10 @@ import asyncio
 import json
 import shutil
 import tempfile
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lossary.catalogue import PACKAGE
 from lossary.errors import BadInput
@@ -13,6 +15,7 @@ from lossary.site import feed, pictures, render, stale, views
 from lossary.site.library import Library, Snapshot
 from lossary.vocabulary import SYMPTOMS
 
+T = TypeVar("T")
 MARK = "static/search-index.js"  # by this file we know a folder of ours
 SERVED = "compare"  # static files whose name begins so are of use on a server only
 
@@ -51,7 +54,7 @@ def build_site(folder: Path, *, url: str = "", package: Path = PACKAGE) -> Path:
 
 def _write(folder: Path, now: Snapshot, url: str) -> None:
     if now.stale is None:
-        now.learn(asyncio.run(stale.find(now.package, now.stamp)))
+        now.learn(_finished(stale.find(now.package, now.stamp)))
     for address, make in views.every(now, static=True):
         _put(folder / render.file_of(address), make())
     _put(folder / "search.html", views.all_papers(now))
@@ -63,7 +66,13 @@ def _write(folder: Path, now: Snapshot, url: str) -> None:
     shutil.copytree(render.HERE / "static", folder / "static", ignore=ours)
     script = (render.HERE / "static/search.js").read_text("utf-8")
     _put(folder / MARK, f"window.lossaryIndex = {json.dumps(_index(now), separators=(',', ':'))};\n{script}")
-    asyncio.run(_draw(folder, now))
+    _finished(_draw(folder, now))
+
+
+def _finished(work: Coroutine[Any, Any, T]) -> T:
+    """What comes of it, in a thread of its own: the caller's may have a loop that runs already, as in a notebook."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(asyncio.run, work).result()
 
 
 def _put(path: Path, text: str | bytes) -> None:
