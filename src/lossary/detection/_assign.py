@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lossary import require
@@ -231,6 +230,8 @@ def hungarian(cost: Tensor, mask: Tensor | None = None) -> Tensor:
         cost: (*batch, A, T).
         mask: (*batch, T) bool.
     """
+    from scipy.optimize import linear_sum_assignment
+
     costs = cost.detach().double().numpy(force=True).reshape(math.prod(cost.shape[:-2]), *cost.shape[-2:])
     real = np.ones(costs.shape[::2], bool) if mask is None else mask.numpy(force=True).reshape(costs.shape[::2])
     match = np.full(costs.shape[:2], BACKGROUND)
