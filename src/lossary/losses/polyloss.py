@@ -64,7 +64,7 @@ def poly1_cross_entropy(
 
 @loss(
     on="classes",
-    examples=({"gamma": 2.0, "epsilon": 1.0}, {"gamma": 1.0, "epsilon": -0.5}),
+    examples=({"gamma": 2.0, "epsilon": 1.0}, {"gamma": 1.5, "epsilon": -0.5}),
     tune={"epsilon": (-1.0, 1.0), "gamma": (1.0, 2.0)},
     limits={"cross_entropy": {"gamma": 0.0, "epsilon": 0.0}},
 )
