@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lossary import tasks
 from lossary.compare import compare, run
 from lossary.compare.arms import Arm
 from lossary.compare.cells import Bench, Job, Outcome, Protocol
@@ -20,7 +21,7 @@ from lossary.compare.encode import Encoder
 from lossary.compare.load import load
 from lossary.compare.metrics import named
 from lossary.compare.problem import Problem, lock
-from lossary.compare.search import ALWAYS_KEPT, Work, search
+from lossary.compare.search import ALWAYS_KEPT, TASKS, Work, search
 from lossary.compare.store import Store
 from lossary.compare.training import Fold, predict
 from lossary.errors import BadInput
@@ -297,7 +298,10 @@ def test_a_key_holds_all_that_an_outcome_depends_on(table):
 
 @pytest.fixture(scope="module")
 def found(table):
-    return compare(table, target="y", arms=ARMS, seeds=2, protocol=TINY, workers=0)
+    tasks.forget()
+    found = compare(table, target="y", arms=ARMS, seeds=2, protocol=TINY, workers=0)
+    assert tasks.used().keys() <= set(TASKS)  # or a key would not hold all that an outcome depends on
+    return found
 
 
 def test_the_answer_rests_on_the_locked_rows(found):

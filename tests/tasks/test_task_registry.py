@@ -1,8 +1,11 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import lossary
 from lossary import tasks
 from lossary.tasks import Seeds, task
 
@@ -27,8 +30,21 @@ def test_a_task_stays_itself() -> None:
     assert noted(5) == 5
     assert noted.__doc__ == "Tells the hour."
     assert tasks.used() == {"clock": 3}
+    assert "clock" not in tasks.versions()  # which speaks of the tasks here, whatever a process defines or imports
     tasks.forget()
     tasks._versions.pop("clock")
+
+
+def test_some_versions_are_those_of_all() -> None:
+    versions = tasks.versions("digits", "fit")
+    assert versions == {name: tasks.versions()[name] for name in ("digits", "fit")}
+
+
+def test_every_task_is_exported_and_none_is_defined_elsewhere() -> None:
+    """A task that `versions` does not know would make each verdict that rests on it stale."""
+    defined = re.compile(r"^@(?:tasks\.)?task\(.*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
+    files = Path(lossary.__file__).parent.rglob("*.py")
+    assert {name for path in files for name in defined.findall(path.read_text("utf-8"))} == tasks.versions().keys()
 
 
 def test_every_listed_name_is_there() -> None:

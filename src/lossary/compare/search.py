@@ -27,6 +27,7 @@ from lossary.compare.store import Store, digest
 from lossary.tasks import Seeds, run_all, warm
 
 VERSION = 2  # raised when the same job comes to give other numbers: what older code has stored is then not used
+TASKS = ("fit", "small_cnn", "stacked_mlp")  # all that cells are made of
 RACES = (1, 2)  # after so many partitions hopeless arms are dropped
 MOST_COMBINED = 3  # combinations that are tried
 ALWAYS_KEPT = 2  # leading parts that are never dropped, so that there is a finalist to confirm
@@ -58,7 +59,7 @@ class Work:
         self._processes = ExitStack()
         self._spread: Callable[..., Iterator[tuple[Job, Outcome]]] | None = None
         problem, protocol = bench.problem, bench.protocol
-        versions = [VERSION, lossary.__version__, torch.__version__, tasks.versions()]
+        versions = [VERSION, lossary.__version__, torch.__version__, tasks.versions(*TASKS)]
         metric = [bench.metric.name, bench.metric.detail]
         self._base = [problem.digest, metric, bench.label_noise, protocol.folds, bench.device, versions]
 

@@ -39,11 +39,11 @@ class TokenProcess:
 
     def noised(self, clean: Tensor, t: Tensor, *, generator: Generator | None = None) -> Tensor:
         """x_t of tokens (*batch, L) at times (*batch), int64."""
-        return draw(_rows(self.cumulative(t.double()), clean), generator=generator)
+        return draw(rows_of(self.cumulative(t.double()), clean), generator=generator)
 
     def likelihood(self, x: Tensor, t: Tensor) -> Tensor:
         """P(x_t = x | x_0 = v) for every token v, (*batch, L, tokens): the evidence that x gives of what was there."""
-        return _rows(self.cumulative(t.double()).mT, x)[..., : self.tokens]
+        return rows_of(self.cumulative(t.double()).mT, x)[..., : self.tokens]
 
     def posterior(self, x: Tensor, clean: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """P(x_s | x_t = x) where the clean tokens have probabilities `clean`, s < t: (*batch, L, states).
@@ -54,7 +54,7 @@ class TokenProcess:
             x: (*batch, L); clean: (*batch, L, tokens); s, t: (*batch).
         """
         s, t = s.double(), t.double()
-        onward = _rows(self.between(s, t).mT, x)  # P(x_t = x | x_s = k), (*batch, L, states)
+        onward = rows_of(self.between(s, t).mT, x)  # P(x_t = x | x_s = k), (*batch, L, states)
         reached = self.likelihood(x, t)
         weight = torch.where(reached > 0, clean.double() / reached, 0.0)
         found = onward * (weight @ self.cumulative(s)[..., : self.tokens, :])
@@ -127,7 +127,7 @@ def ancestral_tokens(
     return x
 
 
-def _rows(matrix: Tensor, index: Tensor) -> Tensor:
+def rows_of(matrix: Tensor, index: Tensor) -> Tensor:
     """Rows of matrices (*batch, K, J) by index (*batch, L): (*batch, L, J)."""
     spread = over(index, index[..., None]).expand(*index.shape, matrix.shape[-1])
     return matrix.gather(-2, spread)

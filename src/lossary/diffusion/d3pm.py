@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Generator, Tensor
 
 from lossary import require
-from lossary.diffusion._discrete import _rows, draw, stepwise
+from lossary.diffusion._discrete import draw, rows_of, stepwise
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -171,7 +171,7 @@ class D3PM:
         """
         guess = logits.double().softmax(-1)
         before = (t - 1).double()
-        onward = _rows(self.process.between(before, t.double()).mT, x)
+        onward = rows_of(self.process.between(before, t.double()).mT, x)
         first = (t == 1)[..., None, None]
         joint = (guess @ self.process.cumulative(before)[..., : self.process.tokens, :]) * torch.where(first, 1, onward)
         return joint / joint.sum(-1, keepdim=True)
@@ -205,7 +205,7 @@ class D3PM:
         """An estimate of the bound on -log p(x_0), nats per token: T evaluations, one noised x_t for each step."""
         last = torch.full(clean.shape[:-1], self.steps, device=clean.device)
         self._check(clean, last)
-        reached = _rows(self.process.cumulative(last.double()), clean)
+        reached = rows_of(self.process.cumulative(last.double()), clean)
         total = _divergence(reached, self.process.prior.to(reached)).mean(-1)
         for step in range(1, self.steps + 1):
             t = torch.full_like(last, step)

@@ -24,6 +24,7 @@ _EXPORTS = {
     "diffusion": (
         "Unet digit_denoiser digit_images energy_distance fit_denoiser sliced_wasserstein stacked_denoiser v_error"
     ),
+    "faces": "FaceScenes face_candidates face_collages face_networks",
     "measures": (
         "accuracy auroc balanced_accuracy log_loss mean_average_precision top_hessian_eigenvalue worst_group_accuracy"
     ),
@@ -33,7 +34,8 @@ _EXPORTS = {
         "Blobs Masks Prompts Scenes blurred_masks crowded_boxes digit_sets flip_labels gaussian_blobs"
         " hide_positives linear_regression_prompts long_tail spurious_groups"
     ),
-    "training": "PerSeed cross_entropy fit per_seed",
+    "tokens": ("StackedTokenNet chains fit_tokens noised_tokens pair_error spread_times stacked_token_net texts_of"),
+    "training": "PerSeed cross_entropy fit minimise per_seed",
     "cache": "trained",
     "workers": "JobError cores run_all warm",
 }
@@ -70,11 +72,14 @@ def forget() -> None:
     _used.clear()
 
 
-def versions() -> dict[str, int]:
-    """Name and present version of every task, called or not, by name: those here and any defined since."""
-    for module in _EXPORTS:
+def versions(*names: str) -> dict[str, int]:
+    """Name and present version of the tasks named, or of every task here, called or not, by name.
+
+    The answer does not depend on what else this process has imported or defined.
+    """
+    for module in {_HOMES[name] for name in names} if names else _EXPORTS:
         import_module(f"{__name__}.{module}")
-    return dict(sorted(_versions.items()))
+    return {name: _versions[name] for name in sorted(names or _HOMES) if name in _versions}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,12 +16,13 @@ from lossary.tasks.cache import trained
 from lossary.tasks.data import digits, mnist5k
 from lossary.tasks.models import StackedMLP, stacked_mlp
 from lossary.tasks.seeds import Seeds
+from lossary.tasks.training import minimise
 
 EDGE = 1e-3  # times are drawn from EDGE to 1 - EDGE
 HARMONICS = 4
 
 
-def _waves(t: Tensor) -> Tensor:
+def waves(t: Tensor) -> Tensor:
     """(*batch) times in 0 to 1 to (*batch, 2 HARMONICS) features."""
     angle = t[..., None] * (math.pi / 2 * 2.0 ** torch.arange(HARMONICS, dtype=t.dtype, device=t.device))
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
@@ -35,7 +36,7 @@ class StackedDenoiserNet(nn.Module):
         self.mlp, self.conditions = mlp, conditions
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        inputs = [x, _waves(over(t, x[..., 0]).expand(x.shape[:-1]))]
+        inputs = [x, waves(over(t, x[..., 0]).expand(x.shape[:-1]))]
         if self.conditions:
             missing = torch.zeros(*x.shape[:-1], self.conditions, dtype=x.dtype, device=x.device)
             inputs.append(missing if condition is None else condition.to(x.dtype))
@@ -95,18 +96,16 @@ def fit_denoiser(
         loss: loss(denoise, clean, sigma (S, B), noise, *conditions) -> (S, B), called in this order.
     """
     generators = seeds.torch("diffusion")
-    optimizer = torch.optim.Adam(denoise.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def objective() -> Tensor:
         clean, *conditions = draw(batch, generators)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean)
         offset = torch.stack([torch.rand(1, generator=g) for g in generators])
         place = (torch.arange(batch) / batch + offset) % 1
         sigma = denoise.process.ratio(EDGE + (1 - 2 * EDGE) * place).to(clean)
-        optimizer.zero_grad()
-        loss(denoise, clean, sigma, noise, *conditions).mean(-1).sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+        return loss(denoise, clean, sigma, noise, *conditions).mean(-1).sum()
+
+    minimise(objective, denoise.parameters(), steps=steps, lr=lr)
 
 
 class _Block(nn.Module):
@@ -145,7 +144,7 @@ class Unet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         t = t.expand(len(x))
         label = torch.full((len(x),), self.classes, device=x.device) if label is None else label
-        embedding = F.silu(self.time(_waves(t)) + self.label(label))
+        embedding = F.silu(self.time(waves(t)) + self.label(label))
         h, skips = self.first(x), []
         for down in self.downs:
             h = down(h, embedding)
@@ -193,19 +192,17 @@ def digit_denoiser(*, size: int = 8, steps: int = 1000, channels: int = 16, held
         g = torch.Generator().manual_seed(1)
         x, y = digit_images(size)
         kept = round(len(x) * (1 - held_out))
-        optimizer = torch.optim.Adam(denoise.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         process: Any = denoise.process
-        for _ in range(steps):
+
+        def objective() -> Tensor:
             rows = torch.randint(kept, (128,), generator=g)
             label = torch.where(torch.rand(128, generator=g) < 0.1, 10, y[rows])
             place = (torch.arange(128) / 128 + torch.rand(1, generator=g)) % 1
             sigma = process.ratio(EDGE + (1 - 2 * EDGE) * place)
             noise = torch.randn(128, 1, size, size, generator=g)
-            optimizer.zero_grad()
-            v_error(denoise, x[rows], sigma, noise, label).mean().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+            return v_error(denoise, x[rows], sigma, noise, label).mean()
+
+        minimise(objective, denoise.parameters(), steps=steps, lr=2e-3)
 
     key = f"digits {size}, {steps} steps, {channels} channels, {held_out:g} held out"
     return trained(build, train, key=key)  # type: ignore[return-value]

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lossary.diffusion._chain import MarkovChain, random_chain
-from lossary.diffusion._discrete import TokenProcess, _rows
+from lossary.diffusion._discrete import TokenProcess, rows_of
 from lossary.diffusion._process import over
 from lossary.tasks import task
-from lossary.tasks.diffusion import HARMONICS, _waves
+from lossary.tasks.diffusion import HARMONICS, waves
 from lossary.tasks.models import StackedMLP, stacked_mlp
 from lossary.tasks.seeds import Seeds
+from lossary.tasks.training import minimise
 
 Texts = Callable[[int, Sequence[Generator]], Tensor]
 """texts(n, generators) -> clean tokens (S, n, L), one generator for each seed."""
@@ -31,8 +32,8 @@ class StackedTokenNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         weights = x if x.is_floating_point() else F.one_hot(x, self.states)
         seen = weights.float().flatten(-2)
-        waves = _waves(over(t.float(), seen[..., 0]).expand(seen.shape[:-1]))
-        return self.mlp(torch.cat([seen, waves], dim=-1)).unflatten(-1, (weights.shape[-2], -1))  # type: ignore[no-any-return]
+        time = waves(over(t.float(), seen[..., 0]).expand(seen.shape[:-1]))
+        return self.mlp(torch.cat([seen, time], dim=-1)).unflatten(-1, (weights.shape[-2], -1))  # type: ignore[no-any-return]
 
 
 @task(version=1)
@@ -77,7 +78,7 @@ def texts_of(languages: Sequence[MarkovChain]) -> Texts:
 def noised_tokens(process: TokenProcess, clean: Tensor, t: Tensor, generators: Sequence[Generator]) -> Tensor:
     """x_t (S, B, L) of clean tokens at times (S, B), each seed with its own generator."""
     chance = torch.stack([torch.rand(clean.shape[1:], generator=g, dtype=torch.float64) for g in generators])
-    return _inverted(_rows(process.cumulative(t.double()), clean), chance)
+    return _inverted(rows_of(process.cumulative(t.double()), clean), chance)
 
 
 def _inverted(probabilities: Tensor, chance: Tensor) -> Tensor:
@@ -113,14 +114,12 @@ def fit_tokens(
         steps, batch, lr: of Adam.
     """
     generators = seeds.torch("tokens")
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def objective() -> Tensor:
         clean = texts(batch, generators)
-        optimizer.zero_grad()
-        loss(network, clean, spread_times(batch, generators), generators).mean(-1).sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+        return loss(network, clean, spread_times(batch, generators), generators).mean(-1).sum()
+
+    minimise(objective, network.parameters(), steps=steps, lr=lr)
 
 
 @task(version=1)

@@ -116,6 +116,17 @@ def fit(
         made.step(partial(objective, index.to(x.device)))
 
 
+def minimise(objective: Callable[[], Tensor], parameters: Iterable[nn.Parameter], *, steps: int, lr: float) -> None:
+    """Adam with a cosine decay of the learning rate to 0, on an objective () that draws its own batch at each step."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.autograd.backward(objective())
+        optimizer.step()
+        schedule.step()
+
+
 def _call(part: Any) -> Any:
     return getattr(part, "forward", part)
 

@@ -11,7 +11,6 @@ from scipy.stats import spearmanr
 from lossary.claims import Arms, Seeds, claim
 from lossary.detection import nms_average_precision
 from lossary.detection._average_precision import average_precision
-from lossary.tasks import task
 
 DETECTORS = 12
 IMAGES = 20
@@ -19,7 +18,6 @@ OBJECTS = 4
 LABELS = 4
 
 
-@task(version=1)
 def _detector(rng: np.random.Generator, images: int, *, knows: float, blur: float, rivals_exist: bool) -> dict:
     """One detector's output on its images, and the share of the objects whose right name has the higher score.
 

@@ -16,7 +16,7 @@ from lossary.claims import Arms, Seeds, claim, tune
 from lossary.detection import cross_modal_uncertainty_weights, illumination_aware_nms, illumination_weight
 from lossary.detection._average_precision import average_precision
 from lossary.detection._overlap import ROTATED_BOX, pairwise
-from lossary.tasks import fit, stacked_mlp, task
+from lossary.tasks import fit, stacked_mlp
 
 PLACES = 16
 CARS = 8
@@ -25,7 +25,6 @@ ROI = 40.0  # pixels, of a place
 GRID = [{"lr": lr} for lr in (0.003, 0.01, 0.03)]
 
 
-@task(version=1)
 def _scenes(rng: np.random.Generator, n: int) -> dict[str, Tensor]:
     """n scenes: patches, true offsets (dx, dy, log width, log height) relative to the place, labels of both cameras."""
     light = np.where(np.arange(n) % 2, rng.uniform(0.05, 0.3, n), rng.uniform(0.7, 1.0, n))
