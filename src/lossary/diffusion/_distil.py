@@ -87,9 +87,9 @@ class ScoreDistillation(Procedure):
         return self.generator(latent, *condition)  # type: ignore[no-any-return]
 
     def objective(self, player: str, batch: Mapping[str, Tensor], *, step: int, generator: Randomness = None) -> Tensor:
-        latent, condition = batch["latent"], ([batch["condition"]] if "condition" in batch else [])
+        latent = batch["latent"]
         with torch.set_grad_enabled(player == "generator"):
-            x = self.generator(latent, *condition)
+            x = self.generator(latent, *_condition(batch))
         sigma = self.levels(latent.shape[:-1], generator).to(x)
         x_t = x + over(sigma, x) * noise(x, generator)
         if player == "fake":
