@@ -9,6 +9,7 @@ import torch
 from scipy.stats import spearmanr
 
 from lossary.claims import Arms, Seeds, claim
+from lossary.claims.draw import Panel
 from lossary.detection import nms_average_precision
 from lossary.detection._average_precision import average_precision
 
@@ -107,3 +108,20 @@ def one_name_each(seeds: Seeds) -> Arms:
         method.append(nms_average_precision(**{**images, **single}))
         baseline.append(average_precision(**{**images, **single}))
     return Arms(method, baseline)
+
+
+def draw(seeds: Seeds) -> list[Panel]:
+    """What a detector says of one image: AP counts both names of an object, NMS-AP the better one alone."""
+    images = _detector(seeds.one(0).numpy("detectors")[0], 1, knows=0.7, blur=0.05, rivals_exist=True)["images"]
+    boxes, scores, labels = (images[name][0] for name in ("boxes", "scores", "labels"))
+    names = [f"{'abcdefgh'[label]} {score:.2f}" for label, score in zip(labels.tolist(), scores.tolist())]
+    best = (scores.view(2, OBJECTS).argmax(0) * OBJECTS + torch.arange(OBJECTS)).tolist()
+    objects = images["truth"][0].numpy()
+    return [
+        Panel(
+            "objects", boxes=objects, labels=tuple("abcdefgh"[label] for label in images["truth_labels"][0].tolist())
+        ),
+        Panel("right names", boxes=boxes[:OBJECTS].numpy(), labels=tuple(names[:OBJECTS])),
+        Panel("their rivals", boxes=boxes[OBJECTS:].numpy(), labels=tuple(names[OBJECTS:])),
+        Panel("left by NMS across names", boxes=boxes[best].numpy(), labels=tuple(names[k] for k in best)),
+    ]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossary.claims import Arms, Seeds, claim, tune
+from lossary.claims.draw import Panel
 from lossary.detection import cross_modal_uncertainty_weights, illumination_aware_nms, illumination_weight
 from lossary.detection._average_precision import average_precision
 from lossary.detection._overlap import ROTATED_BOX, pairwise
@@ -200,3 +201,30 @@ def weights_alone(seeds: Seeds) -> Arms:
     settings = [tune(lambda tuning, w=w, **lr: score(tuning, weighted=w, **lr), GRID, seeds) for w in (True, False)]
     method, baseline = (score(seeds, weighted=w, **setting) for w, setting in zip((True, False), settings))
     return Arms(method, baseline, dict(zip(("method", "baseline"), settings)))
+
+
+def draw(seeds: Seeds) -> list[Panel]:
+    """A dark scene: its cars, what the three branches propose with a score above 0.3, and what suppressions leave."""
+    test, said = _trained(seeds.one(0), weighted=True, lr=0.01)
+    scene = {name: part[1] for name, part in test[0].items()}
+    scores = said[0, :, 1, :, 4].sigmoid().flatten()
+    found = _boxes(said[0, :, 1, :, :4].clamp(-3, 3), scene["angle"]).flatten(0, 1)
+    from_colour = torch.arange(3).repeat_interleave(PLACES) == 0
+    panels = [
+        _panel("cars in the dark", _boxes(scene["true"], scene["angle"])[scene["car"]]),
+        _panel("three branches", found[scores > 0.3]),
+    ]
+    for title, light in (
+        ("plain suppression", 1.0),
+        ("illumination-aware", illumination_weight(scene["image"]).item()),
+    ):
+        keep, kept = illumination_aware_nms(
+            found, scores, torch.zeros(len(found), dtype=torch.int64), from_colour, light
+        )
+        panels.append(_panel(title, found[keep[kept > 0.3]]))
+    return panels
+
+
+def _panel(title: str, boxes: Tensor) -> Panel:
+    corners = ROTATED_BOX.rows(boxes.double().numpy()).reshape(-1, 4, 2)
+    return Panel(title, image=np.zeros((400, 400)), polygons=list(corners + 50))
