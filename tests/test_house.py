@@ -21,14 +21,15 @@ ARROWS = {
     "paper": {"vocabulary"},
     "criterion": {"require", "vocabulary", "losses"},
     "roles": BASE,
-    "catalogue": {"vocabulary"},
+    "cached": set(),
+    "catalogue": {"cached", "vocabulary"},
     "verdict": set(),
-    "tasks": {*BASE, "roles", *catalogue.ROOMS},
+    "tasks": {*BASE, "cached", "roles", *catalogue.ROOMS},
     "claims": {*BASE, "roles", *catalogue.ROOMS, "tasks", "verdict", "catalogue", "criterion"},
     "compare": {*BASE, "roles", *catalogue.ROOMS, "tasks", "catalogue", "criterion"},
     "audit": {"catalogue", "claims", "vocabulary"},
     "scaffold": {"catalogue", "audit", "errors"},
-    "site": {*BASE, "catalogue", "claims", "compare", "audit", "verdict"},
+    "site": {*BASE, "cached", "catalogue", "claims", "compare", "audit", "verdict"},
     "cli": {*BASE, "roles", "catalogue", "claims", "compare", "site", "audit", "scaffold", "verdict"},
 }
 

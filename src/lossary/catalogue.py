@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from lossary import cached
 from lossary.vocabulary import SYMPTOMS
 
 PACKAGE = Path(__file__).parent
@@ -388,9 +388,8 @@ class _Cache:
     """What was read from each file, by path, valid while its modification time and size stand."""
 
     def __init__(self, package: Path) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
         key = hashlib.sha256(f"{package}{_READER}".encode()).hexdigest()[:16]
-        self.path = Path(base) / "lossary" / f"index-{key}.json"
+        self.path = cached.folder() / f"index-{key}.json"
         self.package = package
         self.known: dict[str, Any] = {}
         self.fresh = False
@@ -415,15 +414,8 @@ class _Cache:
         return dict(self._get(path, lambda: _read_verdict(path))) if path.exists() else None
 
     def save(self) -> None:
-        if not self.fresh:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(self.known), "utf-8")
-            draft.replace(self.path)
-        except OSError:
-            return  # a read-only home only costs the time to read the files again
+        if self.fresh:
+            cached.keep(self.path, lambda draft: draft.write_text(json.dumps(self.known), "utf-8"))
 
     def _get(self, path: Path, read: Callable[[], Any]) -> Any:
         status = path.stat()

@@ -104,10 +104,8 @@ def compare(
     }  # fmt: skip
     try:
         with _counted("reading and profiling") as progress:
-            try:
+            with _extra("compare"):
                 from lossary.compare import run
-            except ModuleNotFoundError as error:
-                raise BadInput(f"compare: {error.name} is not installed; pip install 'lossary[compare]'") from None
             if only_estimate:
                 seconds, plan = run.estimate(source, budget=limit, out=folder, progress=progress, **options)
             else:
@@ -145,14 +143,12 @@ def profile(
     """
     try:
         with _counted("reading") as progress:
-            try:
+            with _extra("compare"):
                 from lossary.compare import profile_page
                 from lossary.compare.load import load
                 from lossary.compare.problem import lock
                 from lossary.compare.profile import profile as measure
                 from lossary.compare.run import check_folder
-            except ModuleNotFoundError as error:
-                raise BadInput(f"profile: {error.name} is not installed; pip install 'lossary[compare]'") from None
             if out is not None and not (out / profile_page.PAGE).exists():
                 check_folder(out)
             problem = load(source, target=target, task=task, group=group, time=time, test=test, drop=drop or ())
@@ -182,11 +178,9 @@ def predict(
     """Apply the winner of a comparison to new rows."""
     if not 0 < alpha < 1:
         raise BadInput(f"--alpha: expected a number between 0 and 1, got {alpha:g}")
-    try:
+    with _extra("compare"):
         from lossary.compare import model as saved
         from lossary.compare.load import rows_of
-    except ModuleNotFoundError as error:
-        raise BadInput(f"predict: {error.name} is not installed; pip install 'lossary[compare]'") from None
     winner = saved.read(model)
     words = [name for name, kind in winner.columns.items() if kind.kind not in "biufM"]
     features, notes = saved.columns_of(winner, rows_of(source, words=words, shape=winner.shape), repr(source))
@@ -342,7 +336,7 @@ def serve(
     token: Annotated[str | None, typer.Option(help="What visitors must show. [default: made up where needed]")] = None,
 ) -> None:
     """The catalogue and the comparison as pages in your browser, on this machine."""
-    with _site():
+    with _extra("site"):
         from lossary.site.serve import serve as run
 
         run(folder, host=host, port=port, token=token)
@@ -354,7 +348,7 @@ def build_site(
     url: Annotated[str, typer.Option(help="Where it will be, for the links of the feed.")] = "",
 ) -> None:
     """Write the catalogue as static pages, for any web host or to open from disk."""
-    with _site():
+    with _extra("site"):
         from lossary.site.build import build_site as build
 
         print(build(folder, url=url))
@@ -379,7 +373,7 @@ def digest(
 
     A login is read from LOSSARY_SMTP_USER and LOSSARY_SMTP_PASSWORD.
     """
-    with _site():
+    with _extra("site"):
         from lossary.site.digest import send
 
         user, password = (os.environ.get(f"LOSSARY_SMTP_{name}") for name in ("USER", "PASSWORD"))
@@ -725,17 +719,18 @@ def _print_verdicts(done: list[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def _site() -> Iterator[None]:
+def _extra(name: str) -> Iterator[None]:
+    """For what an extra brings: a package that is missing is told with what installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise BadInput(f"{error.name} is not installed; pip install 'lossary[site]'") from None
+        raise BadInput(f"{error.name} is not installed; pip install 'lossary[{name}]'") from None
 
 
 def _draw(paper: catalogue.Entry, as_json: bool) -> None:
     import torch
 
-    try:
+    with _extra("compare"):
         from lossary.claims import Seeds
         from lossary.claims.draw import drawer, png, svg
 
@@ -746,8 +741,6 @@ def _draw(paper: catalogue.Entry, as_json: bool) -> None:
             raise BadInput(f"--draw: {paper['id']} has no picture; these have one: {able or 'none'}")
         panels = drawing(Seeds((0,)))
         pictures = {"png": png(panels), "svg": svg(panels).encode()}
-    except ModuleNotFoundError as error:
-        raise BadInput(f"--draw: {error.name} is not installed; pip install 'lossary[compare]'") from None
     folder = Path("lossary-out")
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{paper['id']}.{kind}" for kind in pictures]

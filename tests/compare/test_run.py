@@ -348,7 +348,12 @@ def test_a_setting_alone_gives_the_locked_scores_again(found, table):
 
 
 def test_the_same_call_gives_the_same_answer(found, table):
-    again = compare(table, target="y", arms=ARMS, seeds=2, protocol=TINY, workers=0)
+    told = []
+    again = compare(
+        table, target="y", arms=ARMS, seeds=2, protocol=TINY, workers=0,
+        planned=lambda plan, seconds: told.append(({arm.name for arm in plan.arms}, seconds > 0)),
+    )  # fmt: skip
+    assert told == [({arm.name for arm in found.arms if " + " not in arm.name}, True)]
     assert without_times(again) == without_times(found)
 
 

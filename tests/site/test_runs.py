@@ -58,6 +58,8 @@ def cells(folder: Path, run: str) -> list[str]:
     if not path.exists():
         return []
     with sqlite3.connect(path) as db:
+        if not db.execute("select name from sqlite_master where name = 'cells'").fetchall():
+            return []  # made, but empty so far
         found = db.execute("select key from cells order by rowid").fetchall()
     db.close()
     return [key for (key,) in found]

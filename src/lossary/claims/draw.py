@@ -91,11 +91,11 @@ def _chart(panel: Panel) -> "alt.LayerChart":
     def at(xs: str = "x", ys: str = "y") -> dict[str, Any]:
         return {"x": alt.X(f"{xs}:Q", scale=x, axis=None), "y": alt.Y(f"{ys}:Q", scale=y, axis=None)}
 
+    height = WIDTH * (bottom - top) / (right - left)
     layers = []
     if panel.image is not None:
         row = {"x": left, "y": top, "x2": right, "y2": bottom, "url": _data_uri(np.asarray(panel.image, float))}
         middle = {"x": (left + right) / 2, "y": (top + bottom) / 2}
-        height = WIDTH * (bottom - top) / (right - left)
         layers.append(
             alt.Chart(alt.Data(values=[row | middle]))
             .mark_image(width=WIDTH, height=height, aspect=False)
@@ -122,7 +122,6 @@ def _chart(panel: Panel) -> "alt.LayerChart":
         place = {"align": "left", "baseline": "bottom", "fontSize": 10, "dx": 2}
         layers.append(text.mark_text(**place, stroke="white", strokeWidth=3, strokeJoin="round"))
         layers.append(text.mark_text(**place, color=COLOURS[0]))
-    height = WIDTH * (bottom - top) / (right - left)
     return alt.layer(*layers).properties(width=WIDTH, height=height, title=panel.title)
 
 

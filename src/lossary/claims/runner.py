@@ -146,8 +146,7 @@ def _file(module: str) -> Path:
 
 def _builds_on(path: Path, seen: frozenset[str] = frozenset()) -> Iterator[str]:
     """Modules of rooms that a file reaches by import; a name taken from a room leads to the file that defines it."""
-    tree = ast.parse(path.read_text("utf-8"))
-    for module in set(_room_modules(tree)) - seen:
+    for module in _room_modules(path, path.stat().st_mtime_ns) - seen:
         yield module
         yield from _builds_on(_file(module), seen | {module})
 
@@ -157,7 +156,12 @@ def _owners() -> dict[tuple[str, str], str]:
     return {(e["room"], p["name"]): e["module"] for e in catalogue.entries() for p in e["parts"]}
 
 
-def _room_modules(tree: ast.AST) -> Iterator[str]:
+@functools.cache
+def _room_modules(path: Path, _: int) -> frozenset[str]:
+    return frozenset(_imported(ast.parse(path.read_text("utf-8"))))
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
     owners = _owners()
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("lossary."):

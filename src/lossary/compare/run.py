@@ -3,7 +3,7 @@
 import os
 import platform
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -85,6 +85,7 @@ def compare(
     protocol: Protocol | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
+    planned: Callable[[Plan, float], object] | None = None,
 ) -> Comparison:
     """Find out which published part helps on this data, if any. The same call gives the same answer.
 
@@ -107,6 +108,7 @@ def compare(
         protocol: how much is run; None is the full protocol.
         progress: called with (jobs done, jobs in all, arm).
         workers: processes; None is one for each core.
+        planned: called once, with what will be run and the seconds that takes if no arm is dropped.
 
     Raises:
         BadInput: something in the data or the arguments can be put right.
@@ -122,6 +124,8 @@ def compare(
     with plan.work:
         if budget is not None:
             plan = _within(budget, plan)
+        if planned is not None:
+            planned(plan, _seconds(plan, _first_round(plan)))
         found = search(
             plan.arms, plan.protocol, plan.metric, plan.work.finish, plan.work.expect, ratio=plan.work.bench.ratio
         )
@@ -296,9 +300,11 @@ def check_folder(folder: Path) -> Path:
 
 
 def _first_round(plan: Plan) -> dict[str, float]:
-    """Seconds of each arm's first training, which tuning needs in any case."""
+    """Seconds of each arm's first training, which tuning needs in any case, and counts as done when it comes to it."""
     jobs = [tune_jobs(arm, plan.protocol)[0] for arm in plan.arms]
-    return {job.arm: outcome.seconds for job, outcome in zip(jobs, plan.work.finish(jobs))}
+    first = {job.arm: outcome.seconds for job, outcome in zip(jobs, plan.work.finish(jobs))}
+    plan.work.done -= len(jobs)
+    return first
 
 
 def _seconds(plan: Plan, first: dict[str, float]) -> float:

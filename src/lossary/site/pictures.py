@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from lossary import catalogue
+from lossary import cached, catalogue
 from lossary.catalogue import Entry
 from lossary.site.library import Snapshot
 
@@ -16,8 +16,7 @@ _one = asyncio.Lock()  # at a time
 
 def kept() -> Path:
     """Where pictures are kept between builds of a static site, beside the catalogue's index."""
-    base = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
-    return Path(base) / "lossary" / "pictures"
+    return cached.folder() / "pictures"
 
 
 async def svg(now: Snapshot, paper: Entry, folder: Path) -> bytes:

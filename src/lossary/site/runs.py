@@ -202,24 +202,26 @@ class Runs:
             Full: there are as many as there may be.
         """
         with self._lock:
-            self.make_room()
+            self.check_room()
             now, id = time.time(), secrets.token_hex(8)
             row = (id, kind, title, "queued", json.dumps(dict(given)), file, now, now, None, None, "", None, None)
             self._do(f"insert into runs ({COLUMNS}) values ({', '.join('?' * len(row))})", *row)
         self._wake.set()
         return self._rows("where id = ?", id)[0]
 
-    def make_room(self) -> None:
+    def check_room(self) -> None:
         """
         Raises:
             Full: there are as many runs as there may be.
         """
-        runs = self._rows()
-        waiting = sum(run.status == "queued" for run in runs)
+        self._check_waiting()
+        if (kept := len(self._rows())) >= self.limits.kept:
+            raise Full(f"{kept} runs are kept, and no more may be; delete some that you no longer need")
+
+    def _check_waiting(self) -> None:
+        waiting = len(self._rows("where status = 'queued'"))
         if waiting >= self.limits.waiting:
             raise Full(f"{waiting} runs are waiting, and no more may; cancel one or come back later")
-        if len(runs) >= self.limits.kept:
-            raise Full(f"{len(runs)} runs are kept, and no more may be; delete some that you no longer need")
 
     def upload(self, file: BinaryIO, name: str) -> Run:
         """Keeps the file and puts its profile into the queue.
@@ -227,7 +229,7 @@ class Runs:
         Raises:
             Full: there are as many runs as there may be.
         """
-        self.make_room()
+        self.check_room()
         id, shown = secrets.token_hex(8), shown_name(name)
         path = self.folder / "uploads" / id / safe_name(name)
         with self._lock:  # lest it be cleared away as nobody's
@@ -252,9 +254,7 @@ class Runs:
             Full: there are as many as there may be in the queue.
         """
         with self._lock:
-            waiting = len(self._rows("where status = 'queued'"))
-            if waiting >= self.limits.waiting:
-                raise Full(f"{waiting} runs are waiting, and no more may; cancel one or come back later")
+            self._check_waiting()
             self._do(
                 "update runs set status = 'queued', queued = ?, started = null, ended = null, message = '' "
                 "where id = ? and status in ('failed', 'cancelled')",

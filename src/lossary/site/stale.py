@@ -9,10 +9,9 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
-from lossary import catalogue
+from lossary import cached, catalogue
 
 Reasons = dict[str, dict[str, list[str]]]
 """By room/id and claim, of those that have any."""
@@ -46,18 +45,13 @@ async def find(package: Path, stamp: str) -> Reasons:
     if process.returncode:
         raise RuntimeError(f"cannot tell which verdicts are stale: {problem.decode().strip().splitlines()[-1]}")
     found: Reasons = json.loads(out)
-    path = _kept(package)
-    with suppress(OSError):  # a read-only home only costs the time to look again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps({"stamp": stamp, "stale": found}), "utf-8")
-        draft.replace(path)
+    record = json.dumps({"stamp": stamp, "stale": found})
+    cached.keep(_kept(package), lambda draft: draft.write_text(record, "utf-8"))
     return found
 
 
 def _kept(package: Path) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
-    return Path(base) / "lossary" / f"stale-{hashlib.sha256(str(package).encode()).hexdigest()[:16]}.json"
+    return cached.folder() / f"stale-{hashlib.sha256(str(package).encode()).hexdigest()[:16]}.json"
 
 
 def _look() -> Reasons:

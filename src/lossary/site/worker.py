@@ -128,12 +128,12 @@ def _finding(found: Any) -> dict[str, Any]:
 def look(given: Given) -> dict[str, Any]:
     """The columns of the source, and those that are likely to be what is to be predicted."""
     from lossary.compare.bundled import BUNDLED
-    from lossary.compare.load import _read
+    from lossary.compare.load import read
     from lossary.compare.load.words import quote
 
     if "bundled" in given and given["bundled"] not in BUNDLED:
         raise BadInput(f"no bundled set {given['bundled']!r}; choose one of {', '.join(BUNDLED)}")
-    table = _read(given["source"], None, {})
+    table = read(given["source"])
     columns: list[dict[str, Any]] = []
     for name, values in list(table.frame.items())[:MOST_COLUMNS]:
         known = values.dropna()
@@ -212,25 +212,24 @@ def compare(given: Given, folder: Path, tell: Progress) -> dict[str, Any]:
     }
     (folder / "out").mkdir(exist_ok=True)
 
-    def begun(done: int, total: int, what: str) -> None:
+    plan, described = None, {}
+
+    def planned(found: run.Plan, seconds: float) -> None:
+        nonlocal plan, described
+        plan, described = found, plan_of(found, seconds)
+        tell("Tuning every arm alike", plan=described)
+
+    def progress(done: int, total: int, what: str) -> None:
         if what.startswith("profile: "):
             tell("Reading and profiling", done, total, what.removeprefix("profile: "))
-        elif tell.due:
+        elif plan is None and tell.due:
             tell("Trying every arm once", done, total, what)
-
-    seconds, plan = run.estimate(given["source"], progress=begun, **options)
-    planned = plan_of(plan, seconds)
-
-    def raced(done: int, total: int, what: str) -> None:
-        if what.startswith("profile: "):
-            return
-        if tell.due or done == total:
+        elif plan is not None and (tell.due or done == total):
             at = standing(folder / "out" / run.STORE, plan)
-            tell(at.pop("phase"), done, total, what, plan=planned, **at)
+            tell(at.pop("phase"), done, total, what, plan=described, **at)
 
-    tell("Tuning every arm alike", plan=planned)
-    found = run.compare(given["source"], progress=raced, **options)
-    tell("Done", plan=planned, **final(found))
+    found = run.compare(given["source"], progress=progress, planned=planned, **options)
+    tell("Done", plan=described, **final(found))
     sure = found.confirmation
     return {
         "sentence": found.sentence,

@@ -2,14 +2,14 @@
 
 import hashlib
 import inspect
-import os
 import pickle
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
+
+from lossary import cached
 
 
 def trained(build: Callable[[], nn.Module], train: Callable[[nn.Module], None], *, key: str) -> nn.Module:
@@ -25,22 +25,11 @@ def trained(build: Callable[[], nn.Module], train: Callable[[nn.Module], None], 
     """
     source = inspect.getsource(sys.modules[train.__module__])
     name = hashlib.sha256("\n".join([source, torch.__version__, key]).encode()).hexdigest()[:24]
-    base = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
-    path = Path(base) / "lossary" / "networks" / f"{name}.pt"
+    path = cached.folder() / "networks" / f"{name}.pt"
     network = build()
     try:
         network.load_state_dict(torch.load(path, weights_only=True))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # none, or a torn one, which is replaced
         train(network)
-        _keep(network, path)
+        cached.keep(path, lambda draft: torch.save(network.state_dict(), draft))
     return network.eval().requires_grad_(False)
-
-
-def _keep(network: nn.Module, path: Path) -> None:
-    draft = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(network.state_dict(), draft)
-        draft.replace(path)
-    except OSError:
-        return  # a read-only home only costs the time to train again

@@ -66,10 +66,10 @@ def load(
     wanted = target if isinstance(target, str | None) else ",".join(target)
     parts = {"group": group, "time": time, "sample_weight": sample_weight, "id": id}
     parts = {part: name for part, name in parts.items() if name is not None}
-    whole = _read(source, wanted, parts)
+    whole = read(source, wanted, parts)
     other = whole.test
     if test is not None:
-        other = _read(test, wanted, parts, [name for name, values in whole.frame.items() if is_text(values)])
+        other = read(test, wanted, parts, [name for name, values in whole.frame.items() if is_text(values)])
         if whole.test is not None:
             whole = replace(
                 whole, notes=(*whole.notes, f"Its own test rows are left out, as there is {other.source!r}.")
@@ -116,7 +116,7 @@ def rows_of(
     elif path is not None and path.is_dir() and len(shape) == 3 and not datasets.is_saved(path):
         made = images.read_bare(path, (shape[0] == 3, *shape[1:]))
     else:
-        made = _read(source, None, {}, words)
+        made = read(source, words=words)
     if embeddings is not None:
         made = arrays.embed(made, Path(embeddings))
     if len(made) < made.total:
@@ -129,8 +129,15 @@ def rows_of(
     return _beside(made.frame, made)
 
 
-def _read(source: Any, target: str | None, parts: Mapping[str, str], words: Collection[str] = ()) -> Table:
-    """The rows of any source; what each argument is for is said by the function that takes it."""
+def read(
+    source: Any, target: str | None = None, parts: Mapping[str, str] | None = None, words: Collection[str] = ()
+) -> Table:
+    """The rows of any source, as its own words and types; what the arguments are for is said by `load` and `rows_of`.
+
+    Raises:
+        BadInput: the source cannot be used.
+    """
+    parts = parts or {}
     if isinstance(source, pd.DataFrame):
         made = datasets.of_frame(source)
     elif datasets.is_torch(source):
