@@ -47,8 +47,9 @@ def pushed(x: Tensor, push: Tensor) -> Tensor:
 class ScoreDistillation(Procedure):
     """A generator distilled from a teacher's denoiser by the difference of scores.
 
-    A batch is a mapping with "latent" (*replicas, B, D), of standard normals; "condition" is handed to all three
-    networks where it is there. A variant may use more ("real", "target").
+    A batch is a mapping with "latent" (B, ...), of standard normals, or (replicas, B, ...) where there is a generator
+    of random numbers for each replica; "condition" is handed to all three networks where it is there. A variant may
+    use more ("real", "target").
 
     Args:
         generator: latent (, condition) -> x.
@@ -90,7 +91,7 @@ class ScoreDistillation(Procedure):
         latent = batch["latent"]
         with torch.set_grad_enabled(player == "generator"):
             x = self.generator(latent, *_condition(batch))
-        sigma = self.levels(latent.shape[:-1], generator).to(x)
+        sigma = self.levels(latent.shape[: 1 + isinstance(generator, Sequence)], generator).to(x)
         x_t = x + over(sigma, x) * noise(x, generator)
         if player == "fake":
             return self.fake_loss(x, x_t, sigma, batch, generator)
