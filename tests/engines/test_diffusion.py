@@ -19,6 +19,7 @@ from lossary.diffusion._process import (
     cosine,
     flow,
     mean_reverting,
+    over,
     plain,
     tabulated,
     variance_exploding,
@@ -430,3 +431,29 @@ def test_a_ring_is_a_ring():
     torch.testing.assert_close(found.norm(dim=1), torch.full((6,), 2.0, dtype=torch.float64))
     assert torch.cdist(found, found).add(10 * torch.eye(6)).min().item() == pytest.approx(2.0)
     assert MarkovChain(torch.ones(2) / 2, torch.eye(2), 3).sample(4, generator=rng()).unique(dim=1).shape == (4, 1)
+
+
+@pytest.mark.parametrize("player", ["fake", "generator"])
+def test_distillation_draws_a_noise_level_for_each_sample_of_any_shape(player):
+    """Images, and replicas of vectors: a value for each sample, and the networks see one level for each."""
+    seen = []
+
+    def teacher(x, sigma):
+        seen.append(tuple(sigma.shape))
+        return x / (1 + over(sigma, x) ** 2)
+
+    for shape, generator, batch in (
+        ((5, 1, 4, 4), rng(), (5,)),
+        ((5, 3), rng(), (5,)),
+        ((2, 5, 3), [rng(), rng(1)], (2, 5)),
+    ):
+        procedure = ScoreDistillation(nn.Identity(), Shrinking(), teacher, levels=log_uniform(0.1, 5.0))
+        values = procedure.objective(player, {"latent": torch.randn(shape)}, step=0, generator=generator)
+        assert values.shape == batch
+        if player == "generator":
+            assert seen.pop() == batch
+
+
+class Shrinking(nn.Module):
+    def forward(self, x, sigma):
+        return x / (1 + over(sigma, x) ** 2)
