@@ -8,6 +8,8 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 
 from lossary.detection import (
+    CenterBoxes,
+    CenterTargets,
     center_box_loss,
     center_heatmap_loss,
     decode_center_peaks,
@@ -127,7 +129,9 @@ def test_perfect_maps_give_the_boxes_back():
     solid = [[*row, 0.5 * k, 1.5] for k, row in enumerate(rows)]
     targets = targets_of(solid, labels=torch.tensor([[1, 0, 1]]), classes=2)
     scores = targets.centers * torch.tensor([0.9, 0.5]).view(1, 2, 1, 1)
+    assert isinstance(targets, CenterTargets)
     found = decode_center_peaks(scores, maps_of(targets), threshold=0.4)[0]
+    assert isinstance(found, CenterBoxes)
     assert found.labels.tolist() == [0, 1, 1]
     assert found.scores.tolist() == pytest.approx([0.9, 0.5, 0.5])
     expected = torch.tensor([solid[1], solid[2], solid[0]], dtype=torch.float64)  # of equal ones the upper cell first

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lossary.detection import (
+    Stars,
     circle_rays,
     fibonacci_rays,
     object_probabilities,
@@ -179,8 +180,10 @@ def test_objects_come_back_from_their_own_maps():
     assert ((found.labels > 0) == (labels > 0)).float().mean() > 0.97
     assert (found.scores.diff() <= 0).all()
     nothing = predict_instances(maps[0] * 0, maps[1], rays, grid=2)
+    assert isinstance(nothing, Stars)
     assert not nothing.labels.any()
     assert nothing.centres.shape == (0, 2)
+    assert nothing.distances.shape == (0, 32)
 
 
 def test_real_nuclei_come_back_from_their_own_maps():
