@@ -88,7 +88,7 @@ def _samples(
     weight: float = 0.0,
     particles: int = 16,
     best: bool = False,
-    n: int = 960,
+    n: int = 640,
 ) -> list[Tensor]:
     """n samples of each seed; with best a fraction of them, the best of each group."""
     n = seeds.few(n, smoke=32)
