@@ -30,6 +30,16 @@ def noise(like: Tensor | Sequence[int], generator: Randomness, *, kind: Callable
     return kind(shape, generator=generator, **to)
 
 
+def batch_of(x: Tensor, generator: Randomness) -> tuple[int, ...]:
+    """The leading dimensions of x that are batch: with a generator for each replica, the replicas come first."""
+    return tuple(x.shape[: 1 + isinstance(generator, Sequence)])
+
+
+def conditions(batch: Mapping[str, Tensor]) -> list[Any]:
+    """What the networks are called with behind the level: the batch's "condition", if it has one."""
+    return [batch["condition"]] if "condition" in batch else []
+
+
 def log_uniform(low: float, high: float) -> Levels:
     """Noise levels evenly spread in their logarithm."""
 
@@ -90,8 +100,8 @@ class ScoreDistillation(Procedure):
     def objective(self, player: str, batch: Mapping[str, Tensor], *, step: int, generator: Randomness = None) -> Tensor:
         latent = batch["latent"]
         with torch.set_grad_enabled(player == "generator"):
-            x = self.generator(latent, *_condition(batch))
-        sigma = self.levels(latent.shape[: 1 + isinstance(generator, Sequence)], generator).to(x)
+            x = self.generator(latent, *conditions(batch))
+        sigma = self.levels(batch_of(latent, generator), generator).to(x)
         x_t = x + over(sigma, x) * noise(x, generator)
         if player == "fake":
             return self.fake_loss(x, x_t, sigma, batch, generator)
@@ -101,7 +111,7 @@ class ScoreDistillation(Procedure):
         self, x: Tensor, x_t: Tensor, sigma: Tensor, batch: Mapping[str, Tensor], generator: Randomness
     ) -> Tensor:
         """The error of v of the fake network on the generator's samples, (*replicas, B)."""
-        error = (self.fake(x_t, sigma, *_condition(batch)) - x).square().flatten(sigma.ndim).mean(-1)
+        error = (self.fake(x_t, sigma, *conditions(batch)) - x).square().flatten(sigma.ndim).mean(-1)
         return (1 + sigma**-2) * error
 
     def generator_loss(
@@ -109,15 +119,11 @@ class ScoreDistillation(Procedure):
     ) -> Tensor:
         """(*replicas, B): a surrogate whose gradient in x is the push."""
         with torch.no_grad():
-            real = self.teacher(x_t, sigma, *_condition(batch))
-            fake = self.fake(x_t, sigma, *_condition(batch))
+            real = self.teacher(x_t, sigma, *conditions(batch))
+            fake = self.fake(x_t, sigma, *conditions(batch))
             push = self.push(x, x_t, sigma, real, fake)
         return pushed(x, push).flatten(sigma.ndim).sum(-1)
 
     def push(self, x: Tensor, x_t: Tensor, sigma: Tensor, real: Tensor, fake: Tensor) -> Tensor:
         """Gradient in x of what the generator minimises, from both predictions of x_0; here score_fake - score_real."""
         return (fake - real) / over(sigma, x) ** 2
-
-
-def _condition(batch: Mapping[str, Tensor]) -> list[Any]:
-    return [batch["condition"]] if "condition" in batch else []
