@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, noise
+from lossary.diffusion._distil import Levels, Randomness, batch_of, conditions, noise
 from lossary.diffusion._process import over
 from lossary.diffusion.dmd import DistributionMatchingDistillation
 from lossary.diffusion.score_identity_distillation import karras_levels
@@ -46,14 +46,14 @@ PAPER = Paper(
 @torch.no_grad()
 def backward_simulation(
     generator: Denoise, latent: Tensor, sigmas: Sequence[float], *condition: Tensor, random: Randomness = None
-) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
+) -> tuple[Float[Tensor, "*batch_and_data"], Float[Tensor, "*batch"]]:
     """What a generator of several steps meets at a random one of them, and that step's level, without gradient.
 
     From noise it takes its own earlier steps: x_0 = generator(x, sigma), then x = x_0 + next sigma times noise.
 
     Args:
         generator: denoise(x, sigma (, condition)); one evaluation for each step but the last.
-        latent: (*batch, d), standard normals.
+        latent: standard normals, (B, ...), or (replicas, B, ...) with a sequence of generators.
         sigmas: levels of its steps, falling, above 0.
         random: of the steps and the noise; a sequence has one for each replica.
 
@@ -65,7 +65,7 @@ def backward_simulation(
     (tensor([[4., 4.]]), tensor([4.]))
     """
     levels = _falling(sigmas)
-    batch = latent.shape[:-1]
+    batch = batch_of(latent, random)
     chosen = (len(levels) * noise(batch, random, kind=torch.rand)).to(latent.device).floor()
     x = levels[0] * latent
     start, level = x, latent.new_full(batch, levels[0])
@@ -79,7 +79,7 @@ def backward_simulation(
 @torch.no_grad()
 def few_step_samples(
     generator: Denoise, latent: Tensor, sigmas: Sequence[float], *condition: Tensor, random: Randomness = None
-) -> Float[Tensor, "*batch d"]:
+) -> Float[Tensor, "*batch_and_data"]:
     """Samples by denoising and noising in turn, one evaluation for each level; arguments as `backward_simulation`.
 
     >>> few_step_samples(lambda x, sigma: x / 2, torch.ones(1, 2), [4.0])
@@ -157,7 +157,7 @@ class DMD2(DistributionMatchingDistillation):
 
     def logits(self, x: Tensor, generator: Randomness, *condition: Tensor) -> Float[Tensor, "*batch"]:
         """The discriminator's, at freshly noised x (*replicas, batch, d)."""
-        sigma = self.gan_levels(x.shape[:-1], generator).to(x)
+        sigma = self.gan_levels(batch_of(x, generator), generator).to(x)
         return self.logits_at(x + over(sigma, x) * noise(x, generator), sigma, *condition)
 
     def logits_at(self, x_t: Tensor, sigma: Tensor, *condition: Tensor) -> Float[Tensor, "*batch"]:
@@ -174,17 +174,17 @@ class DMD2(DistributionMatchingDistillation):
     def objective(self, player: str, batch: Any, *, step: int, generator: Randomness = None) -> Tensor:
         if self.steps is None:
             return super().objective(player, batch, step=step, generator=generator)
-        condition, latent = _condition(batch), batch["latent"]
+        condition, latent = conditions(batch), batch["latent"]
         if self.simulated:
             start, level = backward_simulation(self.generator, latent, self.steps, *condition, random=generator)
         else:
-            chosen = (len(self.steps) * noise(latent.shape[:-1], generator, kind=torch.rand)).long()
+            chosen = (len(self.steps) * noise(batch_of(latent, generator), generator, kind=torch.rand)).long()
             level = latent.new_tensor(self.steps)[chosen.to(latent.device)]
             noised = _data(batch) + over(level, latent) * latent
             start = torch.where(over(chosen == 0, latent).to(latent.device), self.steps[0] * latent, noised)
         with torch.set_grad_enabled(player == "generator"):
             x = self.generator(start, level, *condition)
-        sigma = self.levels(latent.shape[:-1], generator).to(x)
+        sigma = self.levels(batch_of(latent, generator), generator).to(x)
         x_t = x + over(sigma, x) * noise(x, generator)
         loss = self.fake_loss if player == "fake" else self.generator_loss
         return loss(x, x_t, sigma, batch, generator)
@@ -197,7 +197,7 @@ class DMD2(DistributionMatchingDistillation):
         if self.head is None:
             return loss
         real = self.logits(_data(batch), generator, *([batch["real_condition"]] if "real_condition" in batch else []))
-        fake = self.logits(x, generator, *_condition(batch))
+        fake = self.logits(x, generator, *conditions(batch))
         return loss + self.head_weight * (F.softplus(fake) + F.softplus(-real))
 
     def generator_loss(
@@ -207,11 +207,7 @@ class DMD2(DistributionMatchingDistillation):
         loss = super().generator_loss(x, x_t, sigma, batch, generator)
         if self.head is None:
             return loss
-        return loss + self.gan_weight * F.softplus(-self.logits(x, generator, *_condition(batch)))
-
-
-def _condition(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    return [batch["condition"]] if "condition" in batch else []
+        return loss + self.gan_weight * F.softplus(-self.logits(x, generator, *conditions(batch)))
 
 
 def _data(batch: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, noise
+from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, conditions, noise
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -163,7 +163,7 @@ class ScoreIdentityDistillation(ScoreDistillation):
         self, x: Tensor, x_t: Tensor, sigma: Tensor, batch: Any, generator: Randomness
     ) -> Float[Tensor, "*batch"]:
         """`score_identity_loss` over the teacher's mean absolute error, a constant."""
-        condition = [batch["condition"]] if "condition" in batch else []
+        condition = conditions(batch)
         real, fake = self.teacher(x_t, sigma, *condition), self.fake(x_t, sigma, *condition)
         error = (x - real).detach().abs().flatten(sigma.ndim).mean(-1)
         return score_identity_loss(x, real, fake, alpha=self.alpha, dims=sigma.ndim) / error.clamp(min=1e-5)

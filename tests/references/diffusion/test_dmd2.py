@@ -72,15 +72,35 @@ def test_the_losses_are_the_official_ones():
     on_fake, on_real = (procedure.fake.inner(v).sum(-1) for v in (x, data))
     error = (procedure.fake(x_t, sigma) - x).square().mean(-1)
     expected = (1 + 1 / 0.64) * error + 1e-2 * (F.softplus(on_fake) + F.softplus(-on_real))
-    found = procedure.fake_loss(x, x_t, sigma, {"real": data}, rng())
+    found = procedure.fake_loss(x, x_t, sigma, {"real": data}, [rng()] * 3)
     torch.testing.assert_close(found, expected)
     push = distribution_matching_gradient(x, DATA.denoise(x_t, sigma), procedure.fake(x_t, sigma), dims=2).detach()
-    found = procedure.generator_loss(x, x_t, sigma, {}, rng())
+    found = procedure.generator_loss(x, x_t, sigma, {}, [rng()] * 3)
     torch.testing.assert_close(found, push.square().mean(-1) / 2 + 3e-3 * F.softplus(-on_fake))
     slope = torch.autograd.grad(found.sum(), procedure.generator.mean)[0]
     weight = procedure.fake.inner.weight.sum(0)
     pull = -3e-3 * torch.sigmoid(-on_fake)[..., None] * weight
     torch.testing.assert_close(slope, (push / 2 + pull).sum((0, 1)).detach())
+
+
+def test_images():
+    """Each of the three pictures has a level of its own, and a value."""
+
+    class Blur(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1).double()
+
+        def forward(self, x, sigma):
+            assert sigma.shape == (3,)
+            return self.conv(x)
+
+    head = nn.Sequential(nn.Flatten(), nn.Linear(16, 1).double())
+    settings = {"head": head, "features": "conv", "steps": (10.0, 1.0), "simulated": False}
+    procedure = DMD2(Blur(), Blur(), lambda x, sigma: x / 2, **settings)
+    batch = {"latent": normals(3, 1, 4, 4), "real": normals(3, 1, 4, 4, seed=1)}
+    for player in ("fake", "generator"):
+        assert procedure.objective(player, batch, step=0, generator=rng()).shape == (3,)
 
 
 def test_what_is_told_apart_is_noised_at_levels_of_its_own():
