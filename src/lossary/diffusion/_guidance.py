@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lossary import require
 from lossary.diffusion._denoiser import Denoise
 
 Guidance = Callable[[Tensor, Tensor | None, Any], tuple[Tensor, Any]]
@@ -18,8 +19,8 @@ def classifier_free(scale: float) -> Guidance:
     """uncond + scale (cond - uncond): 0 ignores the condition, 1 is plain conditional sampling."""
 
     def guide(cond: Tensor, uncond: Tensor | None, state: Any = None) -> tuple[Tensor, Any]:
-        if uncond is None:
-            raise ValueError("uncond: classifier-free guidance needs it, got None")
+        require.floating("cond", cond)
+        require.same_shape("uncond", uncond, tuple(cond.shape))
         return uncond + scale * (cond - uncond), state
 
     return guide
