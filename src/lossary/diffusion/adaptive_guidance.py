@@ -19,6 +19,7 @@ from lossary import require
 from lossary.diffusion._guidance import classifier_free
 from lossary.diffusion._process import over
 from lossary.paper import Paper
+from lossary.roles import guidance
 
 PAPER = Paper(
     title="Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models",
@@ -62,6 +63,7 @@ def guidance_similarity(
     return torch.where((a == b).all(-1), 1.0, found)
 
 
+@guidance(examples=({"scale": 3.0}, {"scale": 3.0, "threshold": 0.5}))
 @dataclass(frozen=True)
 class AdaptiveGuidance:
     """g(cond, uncond, state): classifier-free, and conditional only after predictions have become similar.
@@ -107,6 +109,7 @@ class AdaptiveGuidance:
         return torch.where(over(state, cond), cond, guided), state | similar
 
 
+@guidance(examples=({"scale": 3.0, "weights": {}}, {"scale": 3.0, "weights": {}, "until": 2}))
 @dataclass(frozen=True)
 class LinearAG:
     """g(cond, uncond, state): classifier-free, with the unconditional prediction of some steps estimated.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lossary import require
 from lossary.paper import Paper
+from lossary.roles import guidance
 
 PAPER = Paper(
     title="Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models",
@@ -57,6 +58,7 @@ def project_parallel_orthogonal(
     return parallel.to(v.dtype), (wide - parallel).to(v.dtype)
 
 
+@guidance(examples=({"scale": 4.0}, {"scale": 8.0, "eta": 0.5, "momentum": -0.75, "radius": 0.5}))
 @dataclass(frozen=True)
 class AdaptiveProjectedGuidance:
     """g(cond, uncond, state) -> (guided, state), see the equation, on predictions of x_0.

@@ -4,6 +4,7 @@ from lossary.roles._battery import Result
 from lossary.roles._mark import Mark, mark_of
 from lossary.roles.assigner import assigner
 from lossary.roles.estimator import estimator
+from lossary.roles.guidance import guidance
 from lossary.roles.layer import layer
 from lossary.roles.loss import loss
 from lossary.roles.measure import measure
@@ -26,6 +27,7 @@ __all__ = [
     "assigner",
     "check",
     "estimator",
+    "guidance",
     "layer",
     "loss",
     "mark_of",

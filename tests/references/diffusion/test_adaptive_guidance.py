@@ -130,11 +130,11 @@ def test_refusals():
     recorded = torch.zeros(3, 2, 3)
     for call, message in (
         (lambda: AdaptiveGuidance(2.0, threshold=1.1), "threshold: expected a number >= -1 and <= 1"),
-        (lambda: AdaptiveGuidance(2.0)(cond, None, None), "uncond: classifier-free guidance needs it"),
+        (lambda: AdaptiveGuidance(2.0)(cond, None, None), "uncond: expected a tensor"),
         (lambda: guidance_similarity(cond, cond, data_dims=3), "data_dims: expected a whole number"),
         (lambda: LinearAG(2.0, {2: torch.zeros(3)}), "weights: expected 2 step"),
         (lambda: LinearAG(2.0, {}, until=0), "until: expected a whole number"),
-        (lambda: LinearAG(2.0, {})(cond, None, None), "uncond: classifier-free guidance needs it"),
+        (lambda: LinearAG(2.0, {})(cond, None, None), "uncond: expected a tensor"),
         (lambda: LinearAG.fitted(recorded, recorded, scale=2.0, replaced=(0,)), "replaced: expected a whole number"),
         (lambda: LinearAG.fitted(recorded, recorded[:2], scale=2.0, replaced=(1,)), "uncond: expected shape"),
     ):
