@@ -22,12 +22,15 @@ Levels = Callable[[tuple[int, ...], Randomness], Tensor]
 
 
 def noise(like: Tensor | Sequence[int], generator: Randomness, *, kind: Callable[..., Tensor] = torch.randn) -> Tensor:
-    """Standard normal (or other) numbers shaped like a tensor; a sequence of generators has one for each replica."""
-    shape = tuple(like.shape) if isinstance(like, Tensor) else tuple(like)
-    to = {"dtype": like.dtype, "device": like.device} if isinstance(like, Tensor) else {}
+    """Standard normal (or other) numbers shaped like a tensor; a sequence of generators has one for each replica.
+
+    They are drawn where the generator is, and brought to where the tensor is.
+    """
+    tensor = like if isinstance(like, Tensor) else torch.empty(tuple(like))
     if isinstance(generator, Sequence):
-        return torch.stack([kind(shape[1:], generator=g, **to) for g in generator])
-    return kind(shape, generator=generator, **to)
+        return torch.stack([noise(part, g, kind=kind) for part, g in zip(tensor, generator, strict=True)])
+    device = tensor.device if generator is None else generator.device
+    return kind(tensor.shape, generator=generator, dtype=tensor.dtype, device=device).to(tensor.device)
 
 
 def batch_of(x: Tensor, generator: Randomness) -> tuple[int, ...]:
