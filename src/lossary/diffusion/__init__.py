@@ -10,9 +10,27 @@ The engine sees every network as `denoise(x, sigma) -> x_0`, x being data plus n
 - `_discrete`: noise on tokens (absorbing, uniform, step by step), its posterior and sampler.
 - `_distil`: generators of one or a few steps from a teacher's score, as a procedure.
 - `_mixture`, `_chain`: Gaussian mixtures and Markov chains, whose perfect networks are known.
+- `_diffusers`: samplers, guidance and losses of this room in Hugging Face's `diffusers`, see docs/diffusers.md.
 
 | Your trouble | Try first | Then |
 |---|---|---|
+| one step instead of many | `ScoreIdentityDistillation` | `DistributionMatchingDistillation`, `DMD2`, `FDistillation` |
+| such training is slow to start, or guided by chance | `DistributionBacktracking` | `ProperGuidanceDistillation` |
+| fewer evaluations, no training | `AdaptiveGuidance`, `LinearAG` | `early_exit_denoise`, after training its heads |
+| consistency training of latents with outliers | `ConsistencyModel` with `cauchy_loss` | |
+| strong guidance burns out | `AdaptiveProjectedGuidance` | `guided_noise_loss`, trained as it is sampled |
+| what a prompt must not bring | `steer_away` | |
+| rare modes are drawn too seldom | `MinorityGuidance` | `ParticleFilterSampler` |
+| shares of groups are wrong | `distributional_alignment_loss` | with `adjusted_direct_finetune` |
+| a reward model is right only sometimes | `CtrlULoss` | `ReweightedPreferenceLoss`, for long prompts |
+| several objects in a prompt, one swallows another | `cross_token_nms` | `correct_by_similarities` |
+| prompts longer than the encoder | `segment_encode` | |
+| new concepts from one picture and its masks | `masked_diffusion_loss` with `union_sampling` | `cross_attention_mask_loss` |
+| ten pictures of a new domain | `phasic_adaptation_loss` | `cross_domain_structure_guidance` |
+| texture from one picture into a masked other | `spatial_concat_condition` | `decoupled_mask_prediction` |
+| what to measure next, and the rest filled in | `ActiveDiffusionSampler` | `dps_step`, for fixed measurements |
+| a scene in 3-D from a 2-D model | `ScoreJacobianChaining` | |
+| has it memorised? | `score_convergence_test` | `denoiser_jacobian_basis` |
 | how to weigh the noise levels | `snr_weight` of the network's own prediction | `debiased_estimation_loss` |
 | outliers in the data | `scheduled_pseudo_huber_loss` | `cauchy_loss` in consistency training |
 | the clean score is known, samples are dear | `target_score_matching_loss` | `target_score_estimate` |
@@ -21,6 +39,8 @@ The engine sees every network as `denoise(x, sigma) -> x_0`, x being data plus n
 | tokens drawn one by one, few network calls | `first_hitting` | `truncated_gumbel_probabilities`: what float32 does |
 | tokens without a mask or a matrix | `DiscreteBFN` | `ContinuousBFN` for numbers |
 | diffusion on word embeddings | `embedding_diffusion_anchor_loss` | `SoftMaskedNoise` |
+| which of many candidates fits a query | `diffusion_rerank` | |
+| weights of a network, asked for by their loss | `CheckpointDiffusion` | |
 | the bound itself is what counts | `DiffEnc` | `best_variance_ratio` |
 | data near a plane of few dimensions | `SubspaceScoreNet` | `MoLRGDenoiser` for several planes |
 | how many samples it takes | `minimax_exponent` | `empirical_rate`, `RidgeTilt` |
