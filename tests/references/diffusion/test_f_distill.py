@@ -97,7 +97,7 @@ def losses(procedure):
     x = generator(normals(3, 8, 2))
     sigma = torch.full((3, 8), 0.8, dtype=torch.float64)
     x_t = x + 0.8 * normals(3, 8, 2, seed=1)
-    found = procedure.generator_loss(x, x_t, sigma, {}, rng(3))
+    found = procedure.generator_loss(x, x_t, sigma, {}, [rng(k) for k in range(3)])
     return found.detach(), torch.autograd.grad(found.sum(), generator.mean)[0], x.detach(), x_t.detach(), sigma
 
 
@@ -120,7 +120,7 @@ def test_pushes_are_weighted_by_the_discriminator_s_ratio():
     assert ((r == torch.tensor(5.0).double().exp()) | (r == torch.tensor(-5.0).double().exp())).any()
     with_gan = FDistillation(Affine(), Fake(), DATA.denoise, Sum(), "inner", divergence="forward_kl", gan_weight=2.0)
     with torch.no_grad():
-        logits = with_gan.logits(x, rng(3))
+        logits = with_gan.logits(x, [rng(k) for k in range(3)])
     torch.testing.assert_close(losses(with_gan)[0], found + 2 * F.softplus(-logits))
 
 
