@@ -158,9 +158,9 @@ def draw(seeds: Seeds) -> list[Panel]:
         "full": classifier_free(SCALE),
         "adaptive": AdaptiveGuidance(SCALE),
         "linear": _linear(case),
-        "conditional": classifier_free(1.0),
     }
     for title, guidance in guidances.items():
         x, evaluations = case.samples(guidance, rows=slice(20, None))
         panels.append(Panel(f"{title}, {evaluations} evaluations", points=x[:, :2].numpy()))
-    return panels
+    plain = dpm_solver_pp(case.first.denoise, case.x[20:], karras_sigmas(STEPS))
+    return [*panels, Panel(f"conditional, {STEPS} evaluations", points=plain[:, :2].numpy())]
