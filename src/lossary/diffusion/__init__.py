@@ -25,7 +25,7 @@ The engine sees every network as `denoise(x, sigma) -> x_0`, x being data plus n
 | a reward model is right only sometimes | `CtrlULoss` | `ReweightedPreferenceLoss`, for long prompts |
 | several objects in a prompt, one swallows another | `cross_token_nms` | `correct_by_similarities` |
 | prompts longer than the encoder | `segment_encode` | |
-| new concepts from one picture and its masks | `masked_diffusion_loss` with `union_sampling` | `cross_attention_mask_loss` |
+| new concepts from one masked picture | `masked_diffusion_loss` with `union_sampling` | `cross_attention_mask_loss` |
 | ten pictures of a new domain | `phasic_adaptation_loss` | `cross_domain_structure_guidance` |
 | texture from one picture into a masked other | `spatial_concat_condition` | `decoupled_mask_prediction` |
 | what to measure next, and the rest filled in | `ActiveDiffusionSampler` | `dps_step`, for fixed measurements |
@@ -48,4 +48,11 @@ The engine sees every network as `denoise(x, sigma) -> x_0`, x being data plus n
 
 from lossary.catalogue import lazy_room
 
-__getattr__, __dir__ = lazy_room(__name__)
+_ENGINE = {
+    "_diffusers": "DiffusersDenoiser DiffusersGuider DiffusersScheduler",
+    "_guidance": "Guided classifier_free",
+    "_samplers": "ancestral dpm_solver_pp euler heun karras_sigmas predictor_corrector process_sigmas sde",
+}
+__getattr__, __dir__ = lazy_room(
+    __name__, {name: f"{__name__}.{file}" for file, names in _ENGINE.items() for name in names.split()}
+)
