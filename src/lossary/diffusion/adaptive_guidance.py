@@ -28,6 +28,7 @@ PAPER = Paper(
     departs=(
         "similarity and regression are of predictions of x_0, which is what guidances see here; predictions of noise,"
         " the paper's, serve by calling the guidance on them, but agree trivially at the highest noise levels",
+        "the regression leaves out directions in which predictions hardly differ; the paper's is plain",
         "no search for policies (the paper's neural architecture search); its outcome is what is built here",
     ),
     equation=(
@@ -36,6 +37,8 @@ PAPER = Paper(
     ),
     url="https://arxiv.org/abs/2312.12487",
 )
+
+_CUT = 1e-3  # relative, of singular values in the regression
 
 
 def guidance_similarity(
@@ -157,6 +160,9 @@ class LinearAG:
     ) -> "LinearAG":
         """Least squares over all entries of recorded runs under full classifier-free guidance of that scale.
 
+        Predictions of neighbouring steps are nearly the same, and where estimates are combined again, large weights
+        of opposite sign would multiply their errors: directions below a thousandth of the largest are left out.
+
         Args:
             cond, uncond: predictions at each step.
             scale: w.
@@ -173,7 +179,7 @@ class LinearAG:
         for step in replaced:
             require.whole("replaced", step, at_least=1, at_most=len(c) - 1)
             past = torch.cat([c[: step + 1], u[:step]]).T
-            weights[step] = torch.linalg.pinv(past) @ u[step]
+            weights[step] = torch.linalg.pinv(past, rtol=_CUT) @ u[step]
         return cls(scale, weights, until)
 
     def needs(self, state: Any) -> bool:

@@ -126,11 +126,9 @@ def test_a_diffusers_network():
 
 
 def test_the_recorder_averages_heads_and_layers():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers.models.attention_processor")
     torch.manual_seed(0)
-    layers = [
-        diffusers.models.attention_processor.Attention(6, cross_attention_dim=4, heads=2, dim_head=3) for _ in "ab"
-    ]
+    layers = [diffusers.Attention(6, cross_attention_dim=4, heads=2, dim_head=3) for _ in "ab"]
     x, prompt = torch.randn(1, 6, 6, generator=rng()), torch.randn(1, 3, 4, generator=rng(1))
     recorder, total = CrossAttentionRecorder(), 0.0
     for layer in layers:
