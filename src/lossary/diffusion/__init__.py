@@ -16,7 +16,8 @@ The engine sees every network as `denoise(x, sigma) -> x_0`, x being data plus n
 |---|---|---|
 | one step instead of many | `ScoreIdentityDistillation` | `DistributionMatchingDistillation`, `DMD2`, `FDistillation` |
 | such training is slow to start, or guided by chance | `DistributionBacktracking` | `ProperGuidanceDistillation` |
-| fewer evaluations, no training | `AdaptiveGuidance`, `LinearAG` | `early_exit_denoise`, after training its heads |
+| fewer evaluations, same network | `AdaptiveGuidance`, `SkipTuning` of a U-Net | `early_exit_denoise` |
+| few steps for sequences whose elements have a better model | `VideoDistributionMatching` | |
 | consistency training of latents with outliers | `ConsistencyModel` with `cauchy_loss` | |
 | strong guidance burns out | `AdaptiveProjectedGuidance` | `guided_noise_loss`, trained as it is sampled |
 | what a prompt must not bring | `steer_away` | |
@@ -27,7 +28,9 @@ The engine sees every network as `denoise(x, sigma) -> x_0`, x being data plus n
 | prompts longer than the encoder | `segment_encode` | |
 | new concepts from one masked picture | `masked_diffusion_loss` with `union_sampling` | `cross_attention_mask_loss` |
 | ten pictures of a new domain | `phasic_adaptation_loss` | `cross_domain_structure_guidance` |
+| the look of one picture on the shape of another | `structure_appearance_guidance` | |
 | texture from one picture into a masked other | `spatial_concat_condition` | `decoupled_mask_prediction` |
+| people who must not be recognised | `AnonymizingDenoiser` | `reidentification_rate` tells how well |
 | what to measure next, and the rest filled in | `ActiveDiffusionSampler` | `dps_step`, for fixed measurements |
 | a scene in 3-D from a 2-D model | `ScoreJacobianChaining` | |
 | has it memorised? | `score_convergence_test` | `denoiser_jacobian_basis` |
