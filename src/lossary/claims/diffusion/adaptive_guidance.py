@@ -150,6 +150,41 @@ def regression_beats_repetition(seeds: Seeds) -> Arms:
     return Arms(ours, theirs, {"evaluations of either": 2 * STEPS - len(REPLACED)})
 
 
+def _recognised(case: _Case, x: Tensor) -> float:
+    """Percent of samples whose likeliest class is the first."""
+    share = case.everything.responsibilities(x).unflatten(-1, (CLASSES, MODES)).sum(-1)
+    return 100 * (share.argmax(-1) == 0).double().mean().item()
+
+
+@claim(
+    says="Planted: samples under guidance are recognised as their class more often than samples without a condition",
+    kind="superiority",
+    metric="accuracy",
+    scale="500 samples; exact denoisers of 4 classes of 4 Gaussians in 8-D, 20 steps of DPM-Solver++, scale 3",
+)
+def guidance_beats_none(seeds: Seeds) -> Arms:
+    guided, free = [], []
+    for case in _cases(seeds, seeds.few(500)):
+        guided.append(_recognised(case, case.samples(classifier_free(SCALE))[0]))
+        free.append(_recognised(case, dpm_solver_pp(case.everything.denoise, case.x, karras_sigmas(STEPS))))
+    return Arms(guided, free)
+
+
+@claim(
+    says="Control: samples of the same sampler from other noise are the same, so these cannot be recognised more often",
+    kind="superiority",
+    metric="accuracy",
+    scale="500 samples from other noise; exact denoisers of 4 classes of 4 Gaussians in 8-D, 20 steps of DPM-Solver++",
+)
+def sampling_beats_itself(seeds: Seeds) -> Arms:
+    both: list[list[float]] = [[], []]
+    for case in _cases(seeds, 2 * seeds.few(500)):
+        x = dpm_solver_pp(case.first.denoise, case.x, karras_sigmas(STEPS))
+        for found, half in zip(both, x.chunk(2)):
+            found.append(_recognised(case, half))
+    return Arms(*both)
+
+
 def draw(seeds: Seeds) -> list[Panel]:
     """First two coordinates of the same starts under full guidance, with fewer evaluations, and without guidance."""
     (case,) = _cases(seeds.one(0), 420)
