@@ -351,7 +351,9 @@ def build_site(
     with _extra("site"):
         from lossary.site.build import build_site as build
 
-        print(build(folder, url=url))
+        with _counted("writing pages") as progress:
+            page = build(folder, url=url, progress=progress)
+        print(page)
 
 
 @app.command(epilog="Example: lossary digest --to me@example.org --smtp mail.example.org:587 --room losses")

@@ -72,6 +72,20 @@ def test_pictures_are_drawn(site):
     assert 'src="../../pictures/losses/polyloss.svg"' in (site / "papers/losses/polyloss.html").read_text("utf-8")
 
 
+def test_a_picture_that_fails_is_named_and_progress_is_told(tmp_path, package, monkeypatch):
+    async def fails(*_):
+        raise RuntimeError("no ink")
+
+    told = []
+    monkeypatch.setattr(build.pictures, "svg", fails)
+    with pytest.raises(BadInput, match=r"^[\w-]+: its picture cannot be drawn \(no ink\)"):
+        build_site(tmp_path / "site", package=package, progress=lambda *state: told.append(state))
+    ((done, total, text),) = told
+    assert done == 0 < total
+    assert text.startswith("drawing ")
+    assert not (tmp_path / "site").exists()
+
+
 def test_style_sheets_and_scripts_name_files_that_are_there(site):
     for path in site.rglob("*.css"):
         for name in re.findall(r"url\(([^)]*\.woff2)\)", path.read_text("utf-8")):
@@ -121,7 +135,7 @@ def test_the_search_works_from_disk(site, page):
 def test_building_again_replaces_what_was_built(tmp_path, monkeypatch):
     folder = tmp_path / "site"
     folder.mkdir()
-    monkeypatch.setattr(build, "_write", lambda folder, now, url: (folder / "static").mkdir(parents=True))
+    monkeypatch.setattr(build, "_write", lambda folder, now, url, progress: (folder / "static").mkdir(parents=True))
     build_site(folder)
     (folder / build.MARK).write_text("", "utf-8")
     (folder / "old.html").write_text("", "utf-8")

@@ -4,7 +4,7 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,23 +16,27 @@ from lossary.site.library import Library, Snapshot
 from lossary.vocabulary import SYMPTOMS
 
 T = TypeVar("T")
+Progress = Callable[[int, int, str], object]
 MARK = "static/search-index.js"  # by this file we know a folder of ours
 SERVED = "compare"  # static files whose name begins so are of use on a server only
 
 
-def build_site(folder: Path, *, url: str = "", package: Path = PACKAGE) -> Path:
+def build_site(folder: Path, *, url: str = "", package: Path = PACKAGE, progress: Progress | None = None) -> Path:
     """Writes the site; what an earlier build wrote into the folder is replaced.
 
     Args:
         folder: empty, missing, or of an earlier build.
         url: where it will be, for the links of the feeds; without it they are relative.
         package: where the catalogue lies.
+        progress: called with pictures that are done, all of them, and whose is next; drawing the first time is what
+            takes minutes.
 
     Returns:
         its first page.
 
     Raises:
-        BadInput: the folder holds something else, or cannot be written.
+        BadInput: the folder holds something else, or cannot be written; a claim's picture cannot be drawn. Those that
+            were drawn are kept.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -43,7 +47,7 @@ def build_site(folder: Path, *, url: str = "", package: Path = PACKAGE) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
             draft = Path(place) / "site"
-            _write(draft, Library(package).now, url if not url or url.endswith("/") else f"{url}/")
+            _write(draft, Library(package).now, url if not url or url.endswith("/") else f"{url}/", progress)
             if folder.exists():
                 folder.rename(Path(place) / "before")
             draft.rename(folder)
@@ -52,7 +56,7 @@ def build_site(folder: Path, *, url: str = "", package: Path = PACKAGE) -> Path:
     return folder / "index.html"
 
 
-def _write(folder: Path, now: Snapshot, url: str) -> None:
+def _write(folder: Path, now: Snapshot, url: str, progress: Progress | None) -> None:
     if now.stale is None:
         now.learn(_finished(stale.find(now.package, now.stamp)))
     for address, make in views.every(now, static=True):
@@ -66,7 +70,7 @@ def _write(folder: Path, now: Snapshot, url: str) -> None:
     shutil.copytree(render.HERE / "static", folder / "static", ignore=ours)
     script = (render.HERE / "static/search.js").read_text("utf-8")
     _put(folder / MARK, f"window.lossaryIndex = {json.dumps(_index(now), separators=(',', ':'))};\n{script}")
-    _finished(_draw(folder, now))
+    _finished(_draw(folder, now, progress))
 
 
 def _finished(work: Coroutine[Any, Any, T]) -> T:
@@ -96,8 +100,16 @@ def _index(now: Snapshot) -> dict[str, Any]:
     return {"papers": papers, **now.index.to_json()}
 
 
-async def _draw(folder: Path, now: Snapshot) -> None:
-    for paper in now.papers:
-        if paper["draws"]:
+async def _draw(folder: Path, now: Snapshot, progress: Progress | None) -> None:
+    papers = [paper for paper in now.papers if paper["draws"]]
+    for done, paper in enumerate(papers):
+        if progress is not None:
+            progress(done, len(papers), f"drawing {paper['id']}")
+        try:
             drawn = await pictures.svg(now, paper, pictures.kept())
-            _put(folder / f"pictures/{paper['room']}/{paper['id']}.svg", drawn)
+        except (RuntimeError, TimeoutError) as error:
+            why = str(error) or f"not done after {pictures.LIMIT:.0f} s"
+            raise BadInput(
+                f"{paper['id']}: its picture cannot be drawn ({why}); `lossary claim {paper['id']} --draw` tells more"
+            ) from None
+        _put(folder / f"pictures/{paper['room']}/{paper['id']}.svg", drawn)
