@@ -25,7 +25,7 @@ def tumours(folder: Path) -> list[str]:
     found = load_breast_cancer(as_frame=True)
     names = pd.Series(found.target).map({0: "malignant", 1: "benign"})
     found.data.assign(diagnosis=names).to_csv(folder / "tumours.csv", index=False)
-    return [str(folder / "tumours.csv"), "--target", "diagnosis", "--metric", "AUROC"]
+    return ["tumours.csv", "--target", "diagnosis", "--metric", "AUROC"]
 
 
 def red_wine(folder: Path) -> list[str]:
@@ -42,7 +42,7 @@ def diabetes(folder: Path) -> list[str]:
     """A number."""
     found = load_diabetes(as_frame=True, scaled=False)
     found.frame.rename(columns={"target": "progression"}).to_csv(folder / "diabetes.csv", index=False)
-    return [str(folder / "diabetes.csv"), "--target", "progression"]
+    return ["diabetes.csv", "--target", "progression"]
 
 
 def incomes(folder: Path) -> list[str]:
@@ -52,7 +52,7 @@ def incomes(folder: Path) -> list[str]:
     )
     frame = load_data("marketing", "balanced", raw=True).set_axis(names, axis=1)
     frame.sample(3000, random_state=0).to_parquet(folder / "incomes.parquet")
-    return [str(folder / "incomes.parquet"), "--target", "income", "--task", "ordinal"]
+    return ["incomes.parquet", "--target", "income", "--task", "ordinal"]
 
 
 def shapes(folder: Path) -> list[str]:
@@ -61,7 +61,7 @@ def shapes(folder: Path) -> list[str]:
     names = {"even": found.target % 2 == 0, "loop": np.isin(found.target, (0, 6, 8, 9)), "large": found.target > 4}
     labels = pd.DataFrame(names).astype(int)
     pd.concat([pd.DataFrame(found.data).add_prefix("p"), labels], axis=1).to_parquet(folder / "shapes.parquet")
-    return [str(folder / "shapes.parquet"), "--target", ",".join(names), "--task", "multilabel"]
+    return ["shapes.parquet", "--target", ",".join(names), "--task", "multilabel"]
 
 
 SETS = {
@@ -72,9 +72,10 @@ SETS = {
 if __name__ == "__main__":
     for name in sys.argv[1:] or SETS:
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out"
-            command = [sys.executable, "-m", "lossary", "compare", *SETS[name](Path(folder)), "--out", str(out)]
-            subprocess.run(command, check=True)
+            out = Path(folder) / "lossary-out" / name
+            subprocess.run(
+                [sys.executable, "-m", "lossary", "compare", *SETS[name](Path(folder))], cwd=folder, check=True
+            )
             kept = HERE / name
             kept.mkdir(exist_ok=True)
             for file in ("report.html", "result.json", "winner.py"):
