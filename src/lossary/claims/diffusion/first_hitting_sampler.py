@@ -148,8 +148,8 @@ def training_needs_no_time(seeds: Seeds) -> Arms:
         logits = torch.randn(2**length, length, tokens, generator=g, dtype=torch.float64)
         clean = torch.randint(tokens, (length,), generator=g).expand(2**length, -1)
         per_token = order_agnostic_loss(logits, clean, masked=patterns)
-        share = torch.tensor([1 / (length * math.comb(length, n)) if n else 0.0 for n in range(length + 1)])
-        agnostic = (share.double()[number] * per_token).sum()
+        share = [1 / (length * math.comb(length, n)) if n else 0.0 for n in range(length + 1)]
+        agnostic = (torch.tensor(share, dtype=torch.float64)[number] * per_token).sum()
         bound = 0.0
         for node, weight in zip((nodes + 1) / 2, weights / 2):
             chance = node**number * (1 - node) ** (length - number)
