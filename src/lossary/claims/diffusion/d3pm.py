@@ -115,7 +115,7 @@ def cross_entropy_helps(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="With a mask and rates 1 / (T - t + 1), step t > 1 costs the masked tokens' cross-entropy over t, step 1 all's",
+    says="With a mask and rates 1 / (T - t + 1) step t costs the masked tokens' cross-entropy over t, the first all",
     kind="exact",
     metric="deviation",
     tolerance=1e-12,

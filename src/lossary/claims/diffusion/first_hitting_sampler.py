@@ -142,6 +142,7 @@ def training_needs_no_time(seeds: Seeds) -> Arms:
     length, tokens = 5, 4
     patterns = torch.arange(2**length)[:, None] >> torch.arange(length) & 1 > 0
     number = patterns.sum(-1)
+    exponent = number.double()
     nodes, weights = np.polynomial.legendre.leggauss(8)  # exact for polynomials up to degree 15
     gaps = []
     for g in seeds.torch("table"):
@@ -152,7 +153,7 @@ def training_needs_no_time(seeds: Seeds) -> Arms:
         agnostic = (torch.tensor(share, dtype=torch.float64)[number] * per_token).sum()
         bound = 0.0
         for node, weight in zip((nodes + 1) / 2, weights / 2):
-            chance = node**number * (1 - node) ** (length - number)
+            chance = node**exponent * (1 - node) ** (length - exponent)
             bound += weight * (chance * per_token * number / length / node).sum()
         gaps.append(abs(agnostic - bound).item())
     return Arms(gaps)
