@@ -53,6 +53,7 @@ from lossary.catalogue import lazy_room
 
 _ENGINE = {
     "_diffusers": "DiffusersDenoiser DiffusersGuider DiffusersScheduler",
+    "_distil": "OneStepGenerator karras_levels",
     "_guidance": "Guided classifier_free",
     "_samplers": "ancestral dpm_solver_pp euler heun karras_sigmas predictor_corrector process_sigmas sde",
 }

@@ -119,16 +119,16 @@ class DistributionBacktracking(ScoreDistillation):
         if not path:
             raise ValueError("path: expected at least the teacher, got nothing")
         require.whole("interval", interval, at_least=1)
-        fake = copy.deepcopy(path[-1]).requires_grad_(True) if fake is None else fake
+        fake = copy.deepcopy(path[-1]).requires_grad_(True).train() if fake is None else fake
         super().__init__(generator, fake, _Path(path), levels=levels, fake_steps=fake_steps)
-        self.interval = interval
+        self.last, self.interval = len(path) - 1, interval
 
     def target(self, step: int) -> int:
         """Which point of the path is the teacher in a step."""
-        return max(0, len(self.teacher.nodes) - 2 - step // self.interval)
+        return max(0, self.last - 1 - step // self.interval)
 
     def objective(self, player: str, batch: Any, *, step: int, generator: Randomness = None) -> Tensor:
-        self.teacher.now = self.target(step)
+        self.teacher.network.now = self.target(step)  # type: ignore[union-attr]
         return super().objective(player, batch, step=step, generator=generator)
 
 
@@ -144,4 +144,4 @@ class _Path(nn.Module):
 
 
 def _frozen(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).requires_grad_(False)
+    return copy.deepcopy(network).requires_grad_(False).eval()

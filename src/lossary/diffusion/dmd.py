@@ -9,14 +9,14 @@ pairs are dear, DMD2 does without them.
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation
+from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, conditions, karras_levels, needed
 from lossary.diffusion._samplers import heun
-from lossary.diffusion.score_identity_distillation import karras_levels
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -55,7 +55,6 @@ def distribution_matching_gradient(
     Raises:
         ValueError: shapes that differ.
 
-    >>> import torch
     >>> distribution_matching_gradient(torch.zeros(1, 2), torch.tensor([[1.0, -3.0]]), torch.tensor([[3.0, -3.0]]))
     tensor([[1., 0.]])
     """
@@ -66,6 +65,7 @@ def distribution_matching_gradient(
     return (fake - real) / error.clamp(min=1e-5)
 
 
+@torch.no_grad()
 def ode_pairs(teacher: Denoise, latent: Tensor, sigmas: Tensor, *condition: Tensor) -> Tensor:
     """What the teacher makes of each latent by Heun's method, deterministically: targets of the regression.
 
@@ -77,12 +77,11 @@ def ode_pairs(teacher: Denoise, latent: Tensor, sigmas: Tensor, *condition: Tens
     Raises:
         ValueError: levels that do not fall.
 
-    >>> import torch
     >>> ode_pairs(lambda x, sigma: 0 * x + 3, torch.ones(1, 2), torch.tensor([80.0, 1.0, 0.0]))
     tensor([[3., 3.]])
     """
     require.floating("latent", latent, at_least_dims=1)
-    return heun(lambda x, sigma: teacher(x, sigma, *condition), sigmas[0].to(latent) * latent, sigmas).detach()
+    return heun(lambda x, sigma: teacher(x, sigma, *condition), sigmas[0].to(latent) * latent, sigmas)
 
 
 class DistributionMatchingDistillation(ScoreDistillation):
@@ -124,7 +123,7 @@ class DistributionMatchingDistillation(ScoreDistillation):
         require.number("regression_weight", regression_weight, at_least=0.0)
         self.regression_weight, self.distance = regression_weight, distance
 
-    def push(self, x: Tensor, x_t: Tensor, sigma: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    def push(self, x: Tensor, x_t: Tensor, sigma: Tensor, real: Tensor, fake: Tensor, *condition: Tensor) -> Tensor:
         return distribution_matching_gradient(x, real, fake, dims=sigma.ndim)
 
     def generator_loss(
@@ -134,12 +133,8 @@ class DistributionMatchingDistillation(ScoreDistillation):
         matching = super().generator_loss(x, x_t, sigma, batch, generator) / x[(0,) * sigma.ndim].numel()
         if not self.regression_weight:
             return matching
-        missing = [name for name in ("pair_latent", "pair_target") if name not in batch]
-        if missing:
-            raise ValueError(f"batch: expected {missing[0]}, as regression_weight is {self.regression_weight:g}")
-        condition = [batch["pair_condition"]] if "pair_condition" in batch else []
-        found = self.generator(batch["pair_latent"], *condition)
-        apart = (self.distance or _squared)(found, batch["pair_target"])
+        found = self.generator(needed(batch, "pair_latent"), *conditions(batch, "pair_condition"))
+        apart = (self.distance or _squared)(found, needed(batch, "pair_target"))
         return matching + self.regression_weight * apart.reshape(*sigma.shape, -1).mean(-1)
 
 

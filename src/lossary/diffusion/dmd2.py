@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, batch_of, conditions, noise
+from lossary.diffusion._distil import Levels, Randomness, batch_of, conditions, falling, karras_levels, needed, noise
 from lossary.diffusion._process import over
 from lossary.diffusion.dmd import DistributionMatchingDistillation
-from lossary.diffusion.score_identity_distillation import karras_levels
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -64,7 +63,7 @@ def backward_simulation(
     >>> x, sigma
     (tensor([[4., 4.]]), tensor([4.]))
     """
-    levels = _falling(sigmas)
+    levels = falling("sigmas", sigmas)
     batch = batch_of(latent, random)
     chosen = (len(levels) * noise(batch, random, kind=torch.rand)).to(latent.device).floor()
     x = levels[0] * latent
@@ -85,7 +84,7 @@ def few_step_samples(
     >>> few_step_samples(lambda x, sigma: x / 2, torch.ones(1, 2), [4.0])
     tensor([[2., 2.]])
     """
-    levels = _falling(sigmas)
+    levels = falling("sigmas", sigmas)
     x = generator(levels[0] * latent, levels[0], *condition)
     for sigma in levels[1:]:
         x = generator(x + sigma * noise(x, random), sigma, *condition)
@@ -96,7 +95,7 @@ class DMD2(DistributionMatchingDistillation):
     """The procedure with players "fake", with the head, and "generator".
 
     A batch is {"latent": standard normals (, "condition")} and, where there is a head or steps are not simulated,
-    {"real": data (, "real_condition")}.
+    {"real": data (, "real_condition")}; later steps from noised data go by its condition.
 
     Args:
         generator: latent (, condition) -> x, or, with `steps`, denoise(x, sigma (, condition)).
@@ -112,7 +111,8 @@ class DMD2(DistributionMatchingDistillation):
         fake_steps: updates of the fake network before each of the generator.
 
     Raises:
-        ValueError: weights below 0, a head without features, steps that do not fall, or a batch without data.
+        ValueError: weights below 0, a head without features, steps that do not fall, or a batch that lacks data, or
+            their condition where the samples have one.
 
     >>> dmd2 = DMD2(nn.Identity(), nn.Identity(), lambda x, sigma: x / 2)
     >>> dmd2.turns(0)
@@ -143,7 +143,7 @@ class DMD2(DistributionMatchingDistillation):
         self.head, self.features = head, features
         self.gan_weight, self.head_weight = gan_weight, head_weight
         self.gan_levels = gan_levels or karras_levels(last=1.0)
-        self.steps = None if steps is None else _falling(steps)
+        self.steps = None if steps is None else falling("steps", steps)
         self.simulated = simulated
 
     def players(self) -> Mapping[str, nn.Module]:
@@ -174,16 +174,18 @@ class DMD2(DistributionMatchingDistillation):
     def objective(self, player: str, batch: Any, *, step: int, generator: Randomness = None) -> Tensor:
         if self.steps is None:
             return super().objective(player, batch, step=step, generator=generator)
-        condition, latent = conditions(batch), batch["latent"]
+        latent = needed(batch, "latent")
         if self.simulated:
-            start, level = backward_simulation(self.generator, latent, self.steps, *condition, random=generator)
+            start, level = backward_simulation(self.generator, latent, self.steps, *conditions(batch), random=generator)
         else:
             chosen = (len(self.steps) * noise(batch_of(latent, generator), generator, kind=torch.rand)).long()
             level = latent.new_tensor(self.steps)[chosen.to(latent.device)]
-            noised = _data(batch) + over(level, latent) * latent
+            noised = needed(batch, "real") + over(level, latent) * latent
             start = torch.where(over(chosen == 0, latent).to(latent.device), self.steps[0] * latent, noised)
+            if given := conditions(batch, "real_condition"):
+                batch = {**batch, "condition": given[0]}  # the samples are of what the data are of
         with torch.set_grad_enabled(player == "generator"):
-            x = self.generator(start, level, *condition)
+            x = self.generator(start, level, *conditions(batch))
         sigma = self.levels(batch_of(latent, generator), generator).to(x)
         x_t = x + over(sigma, x) * noise(x, generator)
         loss = self.fake_loss if player == "fake" else self.generator_loss
@@ -196,7 +198,7 @@ class DMD2(DistributionMatchingDistillation):
         loss = super().fake_loss(x, x_t, sigma, batch, generator)
         if self.head is None:
             return loss
-        real = self.logits(_data(batch), generator, *([batch["real_condition"]] if "real_condition" in batch else []))
+        real = self.logits(needed(batch, "real"), generator, *conditions(batch, "real_condition"))
         fake = self.logits(x, generator, *conditions(batch))
         return loss + self.head_weight * (F.softplus(fake) + F.softplus(-real))
 
@@ -208,16 +210,3 @@ class DMD2(DistributionMatchingDistillation):
         if self.head is None:
             return loss
         return loss + self.gan_weight * F.softplus(-self.logits(x, generator, *conditions(batch)))
-
-
-def _data(batch: Mapping[str, Tensor]) -> Tensor:
-    if "real" not in batch:
-        raise ValueError("batch: expected data as 'real', which the discriminator and steps not simulated need")
-    return batch["real"]
-
-
-def _falling(sigmas: Sequence[float]) -> tuple[float, ...]:
-    levels = tuple(float(s) for s in sigmas)
-    if not levels or levels[-1] <= 0 or any(a <= b for a, b in pairwise(levels)):
-        raise ValueError(f"sigmas: expected falling levels above 0, at least one, got {levels}")
-    return levels

@@ -6,7 +6,7 @@ forward KL weights by the ratio itself, covers, and is noisy; Jensen-Shannon sta
 ratio is read off the discriminator that DMD2 trains anyway. Try Jensen-Shannon where DMD2 drops modes.
 """
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, pushed
+from lossary.diffusion._distil import Levels
 from lossary.diffusion._process import over
-from lossary.diffusion.dmd import distribution_matching_gradient
 from lossary.diffusion.dmd2 import DMD2
 from lossary.paper import Paper
 
@@ -117,11 +116,11 @@ class FDistillation(DMD2):
         generator, fake, teacher: see `DMD2`.
         head, features: the discriminator, which is asked for the density ratio as well.
         divergence: see `f_divergence_weight`.
-        clip: the logarithm of the ratio is kept within -clip to clip, > 0.
+        clip: the logarithm of the ratio is kept within -clip to clip, > 0 and at most 50, which float32 still holds.
         gan_weight, head_weight, gan_levels, levels, fake_steps: see `DMD2`.
 
     Raises:
-        ValueError: another divergence, a clip that is not above 0, or what `DMD2` raises.
+        ValueError: another divergence, a clip out of range, or what `DMD2` raises.
 
     >>> fake = nn.Sequential(nn.Identity(), nn.Identity())
     >>> f_distill = FDistillation(nn.Identity(), fake, lambda x, sigma: x / 2, nn.Linear(2, 1), "0")
@@ -158,7 +157,7 @@ class FDistillation(DMD2):
             fake_steps=fake_steps,
         )
         require.one_of("divergence", divergence, get_args(Divergence))
-        require.number("clip", clip, above=0.0)
+        require.number("clip", clip, above=0.0, at_most=50.0)
         self.divergence, self.clip = divergence, clip
 
     def weights(self, log_ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -170,14 +169,7 @@ class FDistillation(DMD2):
         """log of the teacher's over the generator's density at x_t, by the discriminator."""
         return self.logits_at(x_t, sigma, *condition)
 
-    def generator_loss(
-        self, x: Tensor, x_t: Tensor, sigma: Tensor, batch: Any, generator: Randomness
-    ) -> Float[Tensor, "*batch"]:
-        """DMD's surrogate with each sample's push weighted, plus the non-saturating loss."""
-        condition = [batch["condition"]] if "condition" in batch else []
-        with torch.no_grad():
-            real, fake = self.teacher(x_t, sigma, *condition), self.fake(x_t, sigma, *condition)
-            push = distribution_matching_gradient(x, real, fake, dims=sigma.ndim)
-            push = over(self.weights(self.log_ratio(x_t, sigma, *condition)), push) * push
-        matching = pushed(x, push).flatten(sigma.ndim).mean(-1)
-        return matching + self.gan_weight * F.softplus(-self.logits(x, generator, *condition))
+    def push(self, x: Tensor, x_t: Tensor, sigma: Tensor, real: Tensor, fake: Tensor, *condition: Tensor) -> Tensor:
+        """DMD's, weighted for each sample."""
+        push = super().push(x, x_t, sigma, real, fake, *condition)
+        return over(self.weights(self.log_ratio(x_t, sigma, *condition)), push) * push

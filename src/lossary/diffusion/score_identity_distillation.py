@@ -9,13 +9,12 @@ differentiated through any network, costs about half.
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, conditions, noise
+from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, conditions, karras_levels
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -61,6 +60,7 @@ def score_identity_loss(
     Raises:
         ValueError: shapes that differ, or an alpha that is not finite.
 
+    >>> import torch
     >>> score_identity_loss(torch.tensor([[0.0]]), torch.tensor([[3.0]]), torch.tensor([[1.0]]), alpha=0.5)
     tensor([4.])
     """
@@ -71,59 +71,6 @@ def score_identity_loss(
     apart = real - fake
     values = apart * ((1 - alpha) * apart + fake - x)
     return values.flatten(dims).sum(-1) if values.ndim > dims else values
-
-
-def karras_levels(
-    low: float = 0.002, high: float = 80.0, *, rho: float = 7.0, first: float = 0.0, last: float = 0.8
-) -> Levels:
-    """Noise levels evenly spread in sigma^(1 / rho), between the shares `first` and `last` of the way up.
-
-    Args:
-        low, high: the ends of the whole range.
-        rho: see `karras_sigmas`.
-        first, last: 0 is `low`, 1 is `high`; SiD leaves out the top fifth.
-
-    Raises:
-        ValueError: numbers out of order.
-
-    >>> karras_levels(first=0.8 - 1e-9)((2,), torch.Generator())  # the highest
-    tensor([24.4083, 24.4083])
-    """
-    require.number("low", low, above=0.0)
-    require.number("high", high, above=low)
-    require.number("rho", rho, above=0.0)
-    require.number("first", first, at_least=0.0)
-    require.number("last", last, above=first, at_most=1.0)
-    ends = low ** (1 / rho), high ** (1 / rho)
-
-    def levels(shape: tuple[int, ...], generator: Randomness) -> Tensor:
-        share = first + (last - first) * noise(shape, generator, kind=torch.rand)
-        return (ends[0] + share * (ends[1] - ends[0])) ** rho  # type: ignore[no-any-return]
-
-    return levels
-
-
-class OneStepGenerator(nn.Module):
-    """latent -> denoise(sigma latent, sigma): a generator that starts as one step of the denoiser.
-
-    Args:
-        denoise: denoise(x, sigma (, condition)), to be trained; a copy of the teacher's.
-        sigma: its noise level, 2.5 in the paper for data of standard deviation 0.5.
-
-    Raises:
-        ValueError: a sigma that is not above 0.
-
-    >>> OneStepGenerator(lambda x, sigma: x / 2)(torch.ones(1, 2))
-    tensor([[1.2500, 1.2500]])
-    """
-
-    def __init__(self, denoise: Any, *, sigma: float = 2.5) -> None:
-        super().__init__()
-        require.number("sigma", sigma, above=0.0)
-        self.denoise, self.sigma = denoise, sigma
-
-    def forward(self, latent: Tensor, *condition: Tensor) -> Tensor:
-        return self.denoise(self.sigma * latent, self.sigma, *condition)  # type: ignore[no-any-return]
 
 
 class ScoreIdentityDistillation(ScoreDistillation):

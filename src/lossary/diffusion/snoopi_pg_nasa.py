@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, noise, pushed
+from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, needed, noise, pushed
 from lossary.diffusion._process import over
 from lossary.paper import Paper
 
@@ -104,8 +104,7 @@ class ProperGuidanceDistillation(ScoreDistillation):
         self.scales, self.drop = scales or random_guidance_scale(), drop
 
     def objective(self, player: str, batch: Any, *, step: int, generator: Randomness = None) -> Tensor:
-        if "condition" not in batch:
-            raise ValueError("batch: expected a 'condition', as there is no guidance without one")
+        needed(batch, "condition")
         return super().objective(player, batch, step=step, generator=generator)
 
     def fake_loss(
@@ -113,10 +112,11 @@ class ProperGuidanceDistillation(ScoreDistillation):
     ) -> Float[Tensor, "*batch"]:
         """The error of v, with the condition and, for some samples, without."""
         dropped = noise(sigma, generator, kind=torch.rand) < self.drop
-        found = self.fake(x_t, sigma, batch["condition"])
-        if self.drop:
-            found = torch.where(over(dropped, x), self._without(self.fake, x_t, sigma, batch.get("null")), found)
-        return (1 + sigma**-2) * (found - x).square().flatten(sigma.ndim).mean(-1)
+        loss = super().fake_loss(x, x_t, sigma, batch, generator)
+        if not self.drop:
+            return loss
+        null = {"condition": batch["null"]} if "null" in batch else {}
+        return torch.where(dropped, super().fake_loss(x, x_t, sigma, null, generator), loss)
 
     def generator_loss(
         self, x: Tensor, x_t: Tensor, sigma: Tensor, batch: Any, generator: Randomness
@@ -128,7 +128,7 @@ class ProperGuidanceDistillation(ScoreDistillation):
             for denoise, away in ((self.teacher, batch.get("negative", null)), (self.fake, null)):
                 without = self._without(denoise, x_t, sigma, away)
                 guided.append(without + scale * (denoise(x_t, sigma, batch["condition"]) - without))
-            push = self.push(x, x_t, sigma, *guided)
+            push = self.push(x, x_t, sigma, *guided, batch["condition"])
         return pushed(x, push).flatten(sigma.ndim).sum(-1)
 
     def _without(self, denoise: Denoise, x_t: Tensor, sigma: Tensor, null: Tensor | None) -> Tensor:
@@ -154,14 +154,19 @@ def negative_away_attention(
         mask: of prompt tokens, as `scaled_dot_product_attention` takes it.
 
     Raises:
-        ValueError: an alpha that is not finite, or tensors that are not floating.
+        ValueError: an alpha that is not finite, tensors that are not floating, or shapes that do not fit each other.
 
     >>> one = torch.ones(1, 1)
     >>> negative_away_attention(one, one, 5 * one, one, 10 * one, alpha=0.5)
     tensor([[0.]])
     """
-    for name, tensor in (("query", query), ("key", key), ("negative_key", negative_key)):
+    given = {"key": key, "value": value, "negative_key": negative_key, "negative_value": negative_value}
+    for name, tensor in {"query": query, **given}.items():
         require.floating(name, tensor, at_least_dims=2)
+    for name, tensor in given.items():
+        partner = negative_key if name.startswith("negative") else key
+        width = query if name.endswith("key") else value
+        require.same_shape(name, tensor, (*query.shape[:-2], partner.shape[-2], width.shape[-1]))
     require.number("alpha", alpha)
     toward = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return toward - alpha * F.scaled_dot_product_attention(query, negative_key, negative_value)
@@ -194,23 +199,30 @@ class NegativeAwaySteerAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        if encoder_hidden_states is None or hidden_states.ndim != 3:
+        if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states: expected a prompt, as only cross-attention is steered")
+        if hidden_states.ndim not in (3, 4):
+            raise ValueError(f"hidden_states: expected 3 or 4 dimensions, got shape {tuple(hidden_states.shape)}")
         batch, heads = len(hidden_states), attn.heads
+        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        if x.ndim == 4:
+            x = x.flatten(2).mT
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.mT).mT
         prompt, negative = encoder_hidden_states, self.negative.to(encoder_hidden_states)
         negative = negative.expand(batch, -1, -1)
         if attn.norm_cross:
             prompt, negative = (attn.norm_encoder_hidden_states(p) for p in (prompt, negative))
 
         def split(x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-            x = x.view(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2)
+            x = x.reshape(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2)
             return x if norm is None else norm(x)
 
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, prompt.shape[1], batch)
             attention_mask = attention_mask.view(batch, heads, -1, attention_mask.shape[-1])
         found = negative_away_attention(
-            split(attn.to_q(hidden_states), attn.norm_q),
+            split(attn.to_q(x), attn.norm_q),
             split(attn.to_k(prompt), attn.norm_k),
             split(attn.to_v(prompt)),
             split(attn.to_k(negative), attn.norm_k),
@@ -219,6 +231,8 @@ class NegativeAwaySteerAttention:
             mask=attention_mask,
         )
         found = attn.to_out[1](attn.to_out[0](found.transpose(1, 2).flatten(2)))
+        if hidden_states.ndim == 4:
+            found = found.mT.reshape(hidden_states.shape)
         if attn.residual_connection:
             found = found + hidden_states
         return found / attn.rescale_output_factor  # type: ignore[no-any-return]

@@ -8,7 +8,6 @@ better model than the whole; needs data for the discriminator.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,11 +17,20 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, batch_of, conditions, noise, pushed
+from lossary.diffusion._distil import (
+    Frozen,
+    Levels,
+    Randomness,
+    batch_of,
+    conditions,
+    falling,
+    karras_levels,
+    needed,
+    noise,
+)
 from lossary.diffusion._process import over
-from lossary.diffusion.dmd import distribution_matching_gradient
+from lossary.diffusion.dmd import DistributionMatchingDistillation
 from lossary.diffusion.dmd2 import backward_simulation, few_step_samples
-from lossary.diffusion.score_identity_distillation import karras_levels
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -150,7 +158,7 @@ class DenoisingGANHead(nn.Module):
         return self.joint(torch.cat(scales, dim=1)).flatten(1).mean(1)  # type: ignore[no-any-return]
 
 
-class VideoDistributionMatching(ScoreDistillation):
+class VideoDistributionMatching(DistributionMatchingDistillation):
     """The procedure with players "fake", "discriminator" and "generator"; the first two have two turns a step.
 
     A batch is {"latent": standard normals (B, frames, ...), "real": data (, "condition", "real_condition")}, or with
@@ -171,7 +179,8 @@ class VideoDistributionMatching(ScoreDistillation):
         other_steps: updates of the fake network and of the head before each of the generator.
 
     Raises:
-        ValueError: weights below 0, steps that do not fall, or a batch without data.
+        ValueError: weights below 0, steps that do not fall, or a batch that lacks data, or their condition where the
+            samples have one.
 
     >>> plain = nn.Identity()
     >>> teacher = lambda x, sigma: x / 2
@@ -195,19 +204,16 @@ class VideoDistributionMatching(ScoreDistillation):
         gan_levels: Levels | None = None,
         other_steps: int = 2,
     ) -> None:
-        usual = karras_levels(first=0.02, last=0.98)
-        super().__init__(generator, fake, teacher, levels=levels or usual, fake_steps=other_steps)
+        require.whole("other_steps", other_steps, at_least=0)
+        super().__init__(generator, fake, teacher, regression_weight=0.0, levels=levels, fake_steps=other_steps)
         require.number("score_weight", score_weight, at_least=0.0)
         require.number("gan_weight", gan_weight, at_least=0.0)
-        require.whole("other_steps", other_steps, at_least=0)
         if frames is not None:
             require.whole("frames", frames, at_least=1)
-        self.encoder, self.head = encoder.requires_grad_(False), head
-        self.steps, self.frames = tuple(float(s) for s in steps), frames
-        if not self.steps or self.steps[-1] <= 0 or any(a <= b for a, b in pairwise(self.steps)):
-            raise ValueError(f"steps: expected falling levels above 0, at least one, got {self.steps}")
+        self.encoder, self.head = Frozen(encoder), head
+        self.steps, self.frames = falling("steps", steps), frames
         self.score_weight, self.gan_weight = score_weight, gan_weight
-        self.gan_levels = gan_levels or usual
+        self.gan_levels = gan_levels or karras_levels(first=0.02, last=0.98)
 
     def players(self) -> Mapping[str, nn.Module]:
         return {"fake": self.fake, "discriminator": self.head, "generator": self.generator}
@@ -222,17 +228,17 @@ class VideoDistributionMatching(ScoreDistillation):
         return few_step_samples(self.generator, latent, self.steps, *condition, random=generator)
 
     def objective(self, player: str, batch: Any, *, step: int, generator: Randomness = None) -> Tensor:
-        latent, condition = batch["latent"], conditions(batch)
+        latent, condition = needed(batch, "latent"), conditions(batch)
         start, level = backward_simulation(self.generator, latent, self.steps, *condition, random=generator)
         with torch.set_grad_enabled(player == "generator"):
             x = self.generator(start, level, *condition)
         if player == "fake":
-            return self._frame_loss(self._denoising, x, batch, generator)
+            return self._over_frames(self.fake_loss, x, batch, generator)
         if player == "discriminator":
             return self.head_loss(x, batch, generator)
         loss = x.new_zeros(batch_of(x, generator))
         if self.score_weight:
-            loss = self.score_weight * self._frame_loss(self._matching, x, batch, generator)
+            loss = self.score_weight * self._over_frames(self.generator_loss, x, batch, generator)
         if not self.gan_weight:
             return loss
         sigma = self.gan_levels(batch_of(x, generator), generator).to(x)
@@ -245,30 +251,19 @@ class VideoDistributionMatching(ScoreDistillation):
 
     def head_loss(self, x: Tensor, batch: Any, generator: Randomness) -> Float[Tensor, "*batch"]:
         """Binary cross-entropy of telling data from samples, both at the same noise levels."""
-        if "real" not in batch:
-            raise ValueError("batch: expected data as 'real', which the discriminator needs")
-        real = batch["real"]
+        real, given = needed(batch, "real"), conditions(batch, "real_condition")
         sigma = self.gan_levels(batch_of(x, generator), generator).to(x)
-        width, given = over(sigma, x), [batch["real_condition"]] if "real_condition" in batch else []
+        width = over(sigma, x)
         found = self.logits(x + width * noise(x, generator), sigma, *conditions(batch))
         return F.softplus(found) + F.softplus(-self.logits(real + width * noise(x, generator), sigma, *given))
 
-    def _frame_loss(self, loss: Any, x: Tensor, batch: Any, generator: Randomness) -> Float[Tensor, "*batch"]:
+    def _over_frames(self, loss: Any, x: Tensor, batch: Any, generator: Randomness) -> Float[Tensor, "*batch"]:
         """The mean over K frames of each video of a loss on frames (*replicas, B K, ...)."""
         dims, condition = len(batch_of(x, generator)), conditions(batch)
         if self.frames is not None:
             x = random_frames(x, self.frames, dims=dims, generator=generator).flatten(dims - 1, dims)
             condition = [c.repeat_interleave(self.frames, dim=dims - 1) for c in condition]
         sigma = self.levels(batch_of(x, generator), generator).to(x)
-        values = loss(x, x + over(sigma, x) * noise(x, generator), sigma, condition)
+        x_t = x + over(sigma, x) * noise(x, generator)
+        values = loss(x, x_t, sigma, {"condition": condition[0]} if condition else {}, generator)
         return values if self.frames is None else values.unflatten(-1, (-1, self.frames)).mean(-1)
-
-    def _denoising(self, x: Tensor, x_t: Tensor, sigma: Tensor, condition: list[Tensor]) -> Tensor:
-        error = (self.fake(x_t, sigma, *condition) - x).square().flatten(sigma.ndim).mean(-1)
-        return (1 + sigma**-2) * error
-
-    def _matching(self, x: Tensor, x_t: Tensor, sigma: Tensor, condition: list[Tensor]) -> Tensor:
-        with torch.no_grad():
-            real, fake = self.teacher(x_t, sigma, *condition), self.fake(x_t, sigma, *condition)
-            push = distribution_matching_gradient(x, real, fake, dims=sigma.ndim)
-        return pushed(x, push).flatten(sigma.ndim).mean(-1)

@@ -103,6 +103,29 @@ def test_players_move_and_the_path_does_not():
     assert all(p.requires_grad for node in path for p in node.parameters())
 
 
+def test_targets_drop_nothing():
+    """In training mode, too, a target with dropout says the same twice; the fake network drops."""
+
+    class Dropping(Line):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, x, sigma):
+            return self.dropout(super().forward(x, sigma))
+
+    torch.manual_seed(0)
+    batches = [{"latent": normals(4, 1, seed=k)} for k in range(4)]
+    path = degradation_path(
+        Dropping(), Shift(1.0), batches, partial(torch.optim.SGD, lr=0.1), every=2, levels=at(1.0), random=rng()
+    )
+    procedure = DistributionBacktracking(Shift(1.0), path, interval=1, levels=at(1.0)).train()
+    x = normals(50, 1)
+    assert not any(m.training for m in procedure.teacher.modules())
+    assert torch.equal(procedure.teacher(x, 1.0), procedure.teacher(x, 1.0))
+    assert not torch.equal(procedure.fake(x, 1.0), procedure.fake(x, 1.0))
+
+
 def test_the_teacher_alone_is_plain_distillation():
     teacher, latent = Line(1.0, 0.3), normals(9, 1)
     plain = ScoreDistillation(Shift(0.5), None, teacher, levels=at(0.7))

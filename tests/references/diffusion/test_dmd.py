@@ -79,6 +79,9 @@ def test_conditions_reach_the_pairs():
     batch = {"condition": ones, "pair_latent": ones, "pair_target": 3 * ones, "pair_condition": 5 * ones}
     found = procedure.generator_loss(x, x, ones[:, 0], batch, None)
     torch.testing.assert_close(found, 0.25 * 9 * ones[:, 0])
+    del batch["pair_condition"]
+    with pytest.raises(ValueError, match="batch: expected 'pair_condition' beside 'condition'"):
+        procedure.generator_loss(x, x, ones[:, 0], batch, None)
 
 
 def test_a_generator_of_gaussians_learns_the_teacher():
@@ -98,8 +101,10 @@ def test_a_generator_of_gaussians_learns_the_teacher():
 
 def test_pairs_solve_the_ode():
     """For one Gaussian distances from the mean shrink like the standard deviation."""
-    latent = torch.randn(30, 2, generator=rng(), dtype=torch.float64)
+    latent = torch.randn(30, 2, generator=rng(), dtype=torch.float64).requires_grad_()
     found = ode_pairs(DATA.denoise, latent, karras_sigmas(150, high=20.0))
+    assert not found.requires_grad
+    latent = latent.detach()
     expected = MEAN + (20 * latent - MEAN) * 0.5 / math.sqrt(0.25 + 400)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
     shifted = ode_pairs(lambda x, sigma, c: DATA.denoise(x - c, sigma) + c, latent, karras_sigmas(150, high=20.0), 7.0)

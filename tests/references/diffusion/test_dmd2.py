@@ -191,6 +191,32 @@ def test_several_steps_are_trained_where_they_will_work():
         assert generator.asked[-1][1] == 2.0
 
 
+@pytest.mark.parametrize(("simulated", "expected"), [(True, 3.0), (False, 7.0)])
+def test_noised_data_come_with_their_own_condition(simulated, expected):
+    """Samples from noised data are of what the data are of, for all three networks; simulated ones of what is asked."""
+    seen = []
+
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2).double()
+
+        def forward(self, x, sigma, condition):
+            seen.append(condition.unique().item())
+            return self.inner(x)
+
+    made = DMD2(Conditional(), Conditional(), Conditional(), steps=(9.0, 1.0), simulated=simulated)
+    x, ones = normals(4, 2), torch.ones(4, 1, dtype=torch.float64)
+    batch = {"latent": x, "real": x, "condition": 3 * ones, "real_condition": 7 * ones}
+    for player in ("fake", "generator"):
+        made.objective(player, batch, step=0, generator=rng())
+    assert set(seen) == {expected}
+    del batch["real_condition"]
+    if not simulated:
+        with pytest.raises(ValueError, match="batch: expected 'real_condition' beside 'condition'"):
+            made.objective("fake", batch, step=0, generator=rng())
+
+
 def test_one_step_is_one_evaluation():
     procedure = made()
     torch.testing.assert_close(procedure(normals(4, 2)), procedure.generator(normals(4, 2)))
@@ -203,11 +229,14 @@ def test_refusals():
         (lambda: made(features="middle"), "features: expected the name"),
         (lambda: made(gan_weight=-1.0), "gan_weight"),
         (lambda: made(head_weight=-1.0), "head_weight"),
-        (lambda: made(steps=()), "sigmas: expected falling"),
-        (lambda: made(steps=(1.0, 2.0)), "sigmas: expected falling"),
-        (lambda: made(steps=(1.0, 0.0)), "sigmas: expected falling"),
+        (lambda: made(steps=()), "steps: expected falling"),
+        (lambda: made(steps=(1.0, 2.0)), "steps: expected falling"),
+        (lambda: made(steps=(1.0, 0.0)), "steps: expected falling"),
         (lambda: few_step_samples(Affine(), x, (1.0, 1.0)), "sigmas: expected falling"),
-        (lambda: made().objective("fake", {"latent": x}, step=0), "batch: expected data"),
+        (lambda: made(fake_steps=-1), "fake_steps: expected a whole number"),
+        (lambda: made().objective("fake", {"latent": x}, step=0), "batch: expected 'real'"),
+        (lambda: made().objective("fake", {"latent": x, "real": x, "condition": x}, step=0), "'real_condition' beside"),
+        (lambda: made(steps=(1.0,)).objective("fake", {"real": x}, step=0), "batch: expected 'latent'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -84,7 +84,7 @@ class Fake(nn.Module):
                 p.copy_(normals(*p.shape, seed=5))
 
     def forward(self, x, sigma, *condition):
-        return self.inner(x)[..., :2] / 3 + sum(condition)
+        return self.inner(x + sum(condition))[..., :2] / 3
 
 
 class Sum(nn.Module):
@@ -134,10 +134,41 @@ def test_weights_have_mean_one_in_each_replica():
 
 
 def test_conditions_reach_all():
-    procedure = FDistillation(Affine(), Fake(), lambda x, sigma, c: c, Sum(), "inner")
+    low = {"gan_levels": lambda shape, generator: torch.full(shape, 0.1, dtype=torch.float64)}
+    procedure = FDistillation(Affine(), Fake(), lambda x, sigma, c: c, Sum(), "inner", **low)
     batch = {"latent": normals(5, 2), "condition": normals(5, 2, seed=1), "real": normals(5, 2, seed=2)}
+    batch["real_condition"] = normals(5, 2, seed=3)
+
+    def values(player, **other):
+        return procedure.objective(player, batch | other, step=0, generator=rng())
+
     for player in procedure.players():
-        assert procedure.objective(player, batch, step=0, generator=rng()).shape == (5,)
+        assert (values(player) != values(player, condition=normals(5, 2, seed=4))).all()
+    assert (values("fake") != values("fake", real_condition=normals(5, 2, seed=4))).all()
+    torch.testing.assert_close(values("generator"), values("generator", real_condition=normals(5, 2, seed=4)))
+
+
+def test_the_ratio_of_the_weights_is_asked_under_the_condition():
+    """The weight of forward KL is the ratio, exp of the sum of the features, here of x moved by the condition."""
+    procedure = FDistillation(
+        Affine(), Fake(), lambda x, sigma, c: 0 * x, Sum(), "inner", divergence="forward_kl", gan_weight=0.0, clip=50.0
+    )
+    x, condition = normals(6, 2), normals(6, 2, seed=1)
+    real, fake = normals(2, 6, 2, seed=2).unbind()
+    found = procedure.push(x, x, torch.ones(6, dtype=torch.float64), real, fake, condition).detach()
+    with torch.no_grad():
+        r = procedure.fake.inner(x + condition).sum(-1).exp()
+    even = (fake - real) / (x - real).abs().mean(-1, keepdim=True)
+    torch.testing.assert_close(found, even * (r / r.mean())[:, None])
+
+
+@pytest.mark.parametrize("divergence", ALL)
+def test_the_widest_clip_is_finite_in_float32(divergence):
+    procedure = FDistillation(Affine(), Fake(), DATA.denoise, Sum(), "inner", divergence=divergence, clip=50.0)
+    for far in (torch.tensor([-1e4, 0.0, 1e4]), torch.tensor([1e4, 1e4]), torch.tensor([-1e4, -1e4])):
+        weights = procedure.weights(far)
+        assert weights.isfinite().all()
+        assert weights.mean().item() == pytest.approx(1.0)
 
 
 def test_refusals():
@@ -149,6 +180,7 @@ def test_refusals():
         (lambda: f_divergence_weight(one.long()), "log_ratio: expected a floating"),
         (lambda: FDistillation(*make, "inner", divergence="kl"), "divergence: expected one of"),
         (lambda: FDistillation(*make, "inner", clip=0.0), "clip: expected a number > 0"),
+        (lambda: FDistillation(*make, "inner", clip=100.0), "clip: expected a number > 0 and <= 50"),
         (lambda: FDistillation(*make, "outer"), "features: expected the name"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lossary.diffusion import OneStepGenerator, ScoreIdentityDistillation, karras_levels, score_identity_loss
+from lossary.diffusion import ScoreIdentityDistillation, score_identity_loss
+from lossary.diffusion._distil import karras_levels
 from lossary.diffusion._mixture import Mixture
-from lossary.diffusion._samplers import karras_sigmas
 from lossary.roles.procedure import advance
 
 MEAN, SCALE = torch.tensor([1.0, -2.0], dtype=torch.float64), 0.5
@@ -131,27 +131,6 @@ def test_turns_move_who_plays_and_conditions_reach_all():
     assert sum(frozen) == 2
 
 
-def test_levels_are_those_of_karras():
-    grid = karras_sigmas(1001)[:-1]
-    found = karras_levels()((200_000,), rng()).double()
-    assert found.min() >= grid[-1]
-    assert found.max() <= grid[200] * (1 + 1e-6)
-    for share in (0.25, 0.5, 0.75):  # of a range cut at 0.8
-        assert found.quantile(share).item() == pytest.approx(grid[1000 - round(800 * share)].item(), rel=0.03)
-    stacked = karras_levels(0.1, 1.0, first=0.5, last=1.0)((2, 9), [rng(3), rng(4)])
-    alone = karras_levels(0.1, 1.0, first=0.5, last=1.0)((9,), rng(4))
-    torch.testing.assert_close(stacked[1], alone)
-    assert stacked.min() > ((0.1 ** (1 / 7) + 1) / 2) ** 7 - 1e-6
-
-
-def test_it_starts_as_a_step_of_the_denoiser():
-    latent = torch.randn(5, 2, generator=rng(), dtype=torch.float64)
-    found = OneStepGenerator(DATA.denoise, sigma=3.0)(latent)
-    torch.testing.assert_close(found, DATA.denoise(3 * latent, 3.0))
-    conditional = OneStepGenerator(lambda x, sigma, c: x + sigma * c)(latent, torch.ones(5, 1))
-    torch.testing.assert_close(conditional, 2.5 * latent + 2.5)
-
-
 def test_refusals():
     x = torch.zeros(2, 3)
     for call, message in (
@@ -159,9 +138,6 @@ def test_refusals():
         (lambda: score_identity_loss(x, x, x[:1]), "fake: expected shape"),
         (lambda: score_identity_loss(x, x, x, alpha=math.nan), "alpha: expected a finite number"),
         (lambda: score_identity_loss(x.long(), x, x), "x: expected a floating-point"),
-        (lambda: karras_levels(2.0, 1.0), "high: expected a number > 2"),
-        (lambda: karras_levels(first=0.9), "last: expected a number > 0.9"),
-        (lambda: OneStepGenerator(None, sigma=0.0), "sigma: expected a number > 0"),
         (lambda: ScoreIdentityDistillation(Affine(), Affine(), DATA.denoise, alpha=math.inf), "alpha"),
         (lambda: ScoreIdentityDistillation(Affine(), None, DATA.denoise), "fake"),
     ):

@@ -151,6 +151,27 @@ def test_a_layer_of_diffusers():
         layer(x)
 
 
+@pytest.mark.parametrize("place", ["tokens", "pictures", "spatial norm"])
+def test_without_strength_it_is_the_layer_as_it_was(place):
+    """Group norm in front of the queries, pictures (B, C, H, W) instead of tokens, a norm that sees the embedding."""
+    attention = pytest.importorskip("diffusers.models.attention_processor")
+    torch.manual_seed(0)
+    spatial = {"spatial_norm_dim": 3} if place == "spatial norm" else {}
+    options = {"norm_num_groups": 4, "residual_connection": True, **spatial}
+    layer = attention.Attention(32, cross_attention_dim=10, heads=4, dim_head=8, **options).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = normals(2, 6, 32) if place == "tokens" else normals(2, 32, 2, 3)
+    prompt, negative, temb = normals(2, 5, 10, seed=1), normals(1, 6, 10, seed=2), normals(2, 3, 2, 3, seed=3)
+    plain = layer(x, prompt, temb=temb)
+    layer.set_processor(NegativeAwaySteerAttention(negative, alpha=0.0))
+    torch.testing.assert_close(layer(x, prompt, temb=temb), plain)
+    layer.set_processor(NegativeAwaySteerAttention(negative, alpha=0.5))
+    assert (layer(x, prompt, temb=temb) - plain).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="hidden_states: expected 3 or 4 dimensions"):
+        layer(x[0, 0], prompt)
+
+
 def test_a_network_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -193,9 +214,15 @@ def test_refusals():
     for call, message in (
         (lambda: random_guidance_scale(4.0, 0.5), "high: expected a number >= 4"),
         (lambda: made(drop=1.5), "drop: expected a number"),
-        (lambda: made().objective("fake", {"latent": x}, step=0), "batch: expected a 'condition'"),
+        (lambda: made().objective("fake", {"latent": x}, step=0), "batch: expected 'condition'"),
         (lambda: negative_away_attention(x.long(), x, x, x, x), "query: expected a floating"),
         (lambda: negative_away_attention(x, x, x, x, x, alpha=float("nan")), "alpha"),
+        (lambda: negative_away_attention(x, x[..., 1:], x, x, x), "^key: expected shape"),
+        (lambda: negative_away_attention(x, x, x[:, 1:], x, x), "^value: expected shape"),
+        (lambda: negative_away_attention(x, x, x, x[0], x), "^negative_key: expected shape"),
+        (lambda: negative_away_attention(x, x, x, x[..., 1:], x), "^negative_key: expected shape"),
+        (lambda: negative_away_attention(x, x, x, x, x[..., 1:]), "^negative_value: expected shape"),
+        (lambda: negative_away_attention(x, x, x, x, x[:, 1:]), "^negative_value: expected shape"),
         (lambda: NegativeAwaySteerAttention(x[0]), "negative: expected 3 dimensions"),
         (lambda: steer_away(Empty(), x), "model: expected cross-attention"),
     ):

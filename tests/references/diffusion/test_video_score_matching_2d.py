@@ -48,13 +48,14 @@ class Affine(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Sums over frames and over differences of frames."""
+    """Sums over frames, where a condition is added, and over differences of frames."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
     def forward(self, x, sigma, *condition):
+        x = x + sum(c[..., None, None] for c in condition)
         return self.weight * torch.stack([x.sum((-2, -1)), x.diff(dim=-2).square().sum((-2, -1)) * sigma], dim=-1)
 
 
@@ -124,11 +125,11 @@ def test_the_generators_objective_by_hand(frames):
     push = distribution_matching_gradient(one, denoise(x_t, 0.7), fake)
     scores = 0.5 * push.square().flatten(1).mean(1).view(3, -1).mean(1)
     noised = x + 1.5 * torch.randn(x.shape, generator=g, dtype=torch.float64)
-    logit = 0.5 * (0.3 * noised.sum((1, 2)) - 0.2 * 1.5 * noised.diff(dim=1).square().sum((1, 2)))
+    logit = 0.5 * (0.3 * (noised.sum((1, 2)) + 10 * condition) - 0.2 * 1.5 * noised.diff(dim=1).square().sum((1, 2)))
     torch.testing.assert_close(found, 0.7 * scores - 0.4 * logit.sigmoid().log())
     found.sum().backward()
     assert made.generator.mean.grad.abs().min() > 0
-    assert made.encoder.weight.grad is None
+    assert made.encoder.network.weight.grad is None
     assert made.fake.mean.grad is None
 
 
@@ -161,6 +162,9 @@ def test_only_picked_frames_are_pushed_and_the_push_is_that_of_frames():
 def test_the_fakes_and_the_heads_objectives_by_hand():
     latent, condition, real = normals(3, 5, 2), normals(3, seed=1), normals(3, 5, 2, seed=4)
     batch, made = {"latent": latent, "condition": condition, "real": real}, matching()
+    with pytest.raises(ValueError, match="batch: expected 'real_condition' beside 'condition'"):
+        made.objective("discriminator", batch, step=0, generator=rng(2))
+    batch["real_condition"] = own = normals(3, seed=5)
     found = made.objective("fake", batch, step=0, generator=rng(2))
     g = rng(2)
     x = start(latent, condition, g)
@@ -176,15 +180,20 @@ def test_the_fakes_and_the_heads_objectives_by_hand():
     g = rng(2)
     x = start(latent, condition, g)
     logits = []
-    for video in (x, real):
+    for video, given in ((x, condition), (real, own)):
         noised = video + 1.5 * torch.randn(x.shape, generator=g, dtype=torch.float64)
-        logits.append(0.5 * (0.3 * noised.sum((1, 2)) - 0.2 * 1.5 * noised.diff(dim=1).square().sum((1, 2))))
+        logits.append(
+            0.5 * (0.3 * (noised.sum((1, 2)) + 10 * given) - 0.2 * 1.5 * noised.diff(dim=1).square().sum((1, 2)))
+        )
     expected = F.binary_cross_entropy_with_logits(logits[0], torch.zeros_like(logits[0]), reduction="none")
     expected = expected + F.binary_cross_entropy_with_logits(logits[1], torch.ones_like(logits[1]), reduction="none")
     torch.testing.assert_close(found, expected)
     found.sum().backward()
     assert made.head.weight.grad is not None
-    assert made.encoder.weight.grad is None
+    assert made.encoder.network.weight.grad is None
+    made.train()
+    assert {made.head.training, made.fake.training, made.generator.training} == {True}
+    assert not made.encoder.training
 
 
 def test_frame_scores_teach_a_gaussian():
@@ -332,7 +341,9 @@ def test_refusals():
         (lambda: matching(steps=(1.0, 2.0)), "steps: expected falling levels"),
         (lambda: matching(gan_weight=-1.0), "gan_weight: expected a number >= 0"),
         (lambda: matching(frames=0), "frames: expected a whole number"),
-        (lambda: matching().objective("discriminator", {"latent": x.double()}, step=0), "batch: expected data"),
+        (lambda: matching().objective("discriminator", {"latent": x.double()}, step=0), "batch: expected 'real'"),
+        (lambda: matching().objective("fake", {"real": x.double()}, step=0), "batch: expected 'latent'"),
+        (lambda: matching(other_steps=-1), "other_steps: expected a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

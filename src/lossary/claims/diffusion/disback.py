@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lossary.claims import Arms, Seeds, claim, tune
 from lossary.claims.draw import Panel
-from lossary.diffusion import DistributionBacktracking, OneStepGenerator, degradation_path, karras_levels
+from lossary.diffusion import DistributionBacktracking, degradation_path, distribution_matching_gradient
 from lossary.diffusion._denoiser import Denoiser
+from lossary.diffusion._distil import OneStepGenerator, karras_levels
 from lossary.diffusion._mixture import ring
 from lossary.diffusion._process import over
 from lossary.roles.procedure import advance
@@ -60,8 +61,8 @@ def _path(seeds: Seeds) -> list[nn.Module]:
 class _Evened(DistributionBacktracking):
     """With DMD's weights, of which a teacher's error decides, for both arms."""
 
-    def push(self, x: Tensor, x_t: Tensor, sigma: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-        return (fake - real) / (x - real).abs().mean(-1, keepdim=True).clamp(min=1e-5)
+    def push(self, x: Tensor, x_t: Tensor, sigma: Tensor, real: Tensor, fake: Tensor, *condition: Tensor) -> Tensor:
+        return distribution_matching_gradient(x, real, fake, dims=sigma.ndim)
 
 
 def _distilled(seeds: Seeds, *, lr: float, interval: int = 0, steps: int = 300) -> OneStepGenerator:
@@ -109,7 +110,8 @@ def backtracking_ends_nearer(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="It is faster: after 100 steps it is nearer, though plain distillation gets 50 more for the recording's cost",
+    says="Backtracking is faster: 100 steps of it end nearer the data than 150 of plain distillation, which has 50 more"
+    " for the recording's cost",
     kind="ratio",
     metric="sample distance",
     margin=0.9,
@@ -121,22 +123,31 @@ def backtracking_is_faster(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="At its samples the untrained generator's scores differ at most half as much from the first target's as from"
-    " the teacher's",
+    says="At its samples the untrained generator's exact scores differ at most half as much from the first target's as"
+    " from the teacher's",
     kind="ratio",
     metric="relative error",
     margin=0.5,
-    scale="root mean square, times noise level; 8 Gaussians in 2-D, MLP of 64, the end of a path of 5 as fake network",
+    scale="root mean square, times noise level, 0.2 to 20; 8 Gaussians in 2-D, MLP of 64, a path of 5; exact for a bank"
+    " of 4000 samples, at 500 others",
 )
 def the_first_target_matches(seeds: Seeds) -> Arms:
     path, generators = _path(seeds), seeds.torch("mismatch")
-    x = _samples(OneStepGenerator(_fitted(seeds)), seeds)
-    sigma = LEVELS(tuple(x.shape[:-1]), generators)
-    noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
-    x_t = x + over(sigma, x) * noise
+    generator, levels = OneStepGenerator(_fitted(seeds)), karras_levels(0.2, 20.0)
     with torch.no_grad():
-        own, first, teacher = (denoise(x_t, sigma) / over(sigma, x) for denoise in (path[-1], path[-2], path[0]))
-    return Arms(*((target - own).square().mean((1, 2)).sqrt().tolist() for target in (first, teacher)))
+        bank, x = (generator(_normal(seeds.few(n), generators)) for n in (4000, 500))
+        sigma = levels(tuple(x.shape[:-1]), generators)
+        width = over(sigma, x)
+        x_t = x + width * _normal(x.shape[1], generators)
+        own = torch.stack([_posterior_mean(*each) for each in zip(x_t, width, bank)])
+        apart = [(target(x_t, sigma) - own) / width for target in (path[-2], path[0])]
+    return Arms(*(a.square().mean((1, 2)).sqrt().tolist() for a in apart))
+
+
+def _posterior_mean(x_t: Tensor, sigma: Tensor, bank: Tensor) -> Tensor:
+    """E[x_0 | x_t] where x_0 is any sample of the bank: (n, 2), levels (n, 1), (m, 2) -> (n, 2)."""
+    square = (x_t.unsqueeze(1) - bank).square().sum(-1)
+    return (-square / (2 * sigma**2)).softmax(-1) @ bank
 
 
 def draw(seeds: Seeds) -> list[Panel]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lossary.claims import Arms, Seeds, claim, tune
 from lossary.claims.draw import Panel
-from lossary.diffusion import FDistillation, OneStepGenerator, f_divergence, f_divergence_weight, karras_levels
+from lossary.diffusion import FDistillation, f_divergence, f_divergence_weight
 from lossary.diffusion._denoiser import Denoiser
-from lossary.diffusion._distil import log_uniform
+from lossary.diffusion._distil import OneStepGenerator, karras_levels, log_uniform
 from lossary.diffusion._mixture import Mixture, ring
 from lossary.roles.procedure import advance
 from lossary.tasks import fit_denoiser, sliced_wasserstein, stacked_denoiser, stacked_mlp
@@ -139,9 +139,8 @@ def _one_for_two(seeds: Seeds, divergence: str) -> Tensor:
     """Samples (S, n, 2) of the Gaussian that imitates two."""
     gaussian = _Gaussian(seeds)
     fake = _ExactFake(gaussian)
-    procedure = _Exact(
-        gaussian, fake, TWO.denoise, nn.Identity(), "unused", divergence=divergence, levels=log_uniform(0.05, 0.5)
-    )
+    settings = {"divergence": divergence, "clip": 50.0, "levels": log_uniform(0.05, 0.5)}
+    procedure = _Exact(gaussian, fake, TWO.denoise, nn.Identity(), "unused", **settings)
     optimizer, generators = torch.optim.Adam(gaussian.parameters(), lr=0.02), seeds.torch("distil")
     for step in range(seeds.few(400, smoke=2)):
         batch = {"latent": _normal(128, generators, dtype=torch.float64)}
