@@ -46,6 +46,11 @@ def takes_none(cond, uncond, state):
 
 
 @guidance()
+def takes_its_scale_by_place(cond, uncond, state, scale=3.0):
+    return _free(cond, uncond, scale), state
+
+
+@guidance()
 def sleeps(cond, uncond, state):
     time.sleep(0.4)
     return _free(cond, uncond), state
@@ -104,6 +109,7 @@ FAULTS = {
     "stateless": KeepsItToItself,
     "separate": centres_the_batch,
     "spared": takes_none,
+    "keyworded": takes_its_scale_by_place,
     "quick": sleeps,
     "unmutated": overwrites,
     "repeatable": draws_globally,

@@ -27,7 +27,10 @@ def classifier_free(scale: float) -> Guidance:
 
 
 class Guided:
-    """denoise(x, sigma) under a guidance. The state starts anew when the noise level rises, that is with each sample.
+    """denoise(x, sigma) under a guidance. The state starts anew with each sample.
+
+    That is when the noise level rises, or is again the one at which the state last started. With samplers that raise
+    the level on their way (churn, restarts, resampling) it therefore starts anew at each rise, too.
 
     Args:
         guidance: see above.
@@ -37,12 +40,13 @@ class Guided:
     def __init__(self, guidance: Guidance, conditional: Denoise, unconditional: Denoise) -> None:
         self.guidance, self.conditional, self.unconditional = guidance, conditional, unconditional
         self.state: Any = None
-        self.level = float("inf")
+        self.first = self.level = float("-inf")
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         level = float(sigma if isinstance(sigma, int | float) else sigma.max())
-        if level > self.level:
+        if level > self.level or level == self.first:
             self.state = None
+            self.first = level
         self.level = level
         needs = getattr(self.guidance, "needs", None)
         uncond = self.unconditional(x, sigma) if needs is None or needs(self.state) else None

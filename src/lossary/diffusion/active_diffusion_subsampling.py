@@ -69,6 +69,7 @@ def max_entropy_acquisition(
 
     d_ij is the squared distance of particles i and j there. For large sigma either is the place where the particles
     vary most; for a small one "positive" follows the two that are farthest apart, "negative" counts the clusters.
+    Where all places are measured it is -1.
 
     Args:
         particles: their predicted measurements.
@@ -92,7 +93,8 @@ def max_entropy_acquisition(
     square = (particles.unsqueeze(-3) - particles.unsqueeze(-4)).square().sum(-1)  # (*problems, i, j, places)
     sign = 1.0 if kernel == "positive" else -1.0
     score = sign * (sign * square.double() / (2 * sigma**2)).logsumexp(-2).sum(-2)
-    return score.masked_fill(measured, -torch.inf).argmax(-1)
+    best = score.masked_fill(measured, -torch.inf).argmax(-1)
+    return torch.where(measured.all(-1), -1, best)
 
 
 def dps_step(
@@ -240,7 +242,7 @@ class ActiveDiffusionSampler:
         start, stop = (round(share * steps) for share in self.window)
         if self.budget > stop - start:
             raise ValueError(f"budget: expected at most {stop - start} for {steps} steps, got {self.budget}")
-        spacing = (stop - start) // max(self.budget, 1)
+        spacing = max(1, (stop - start) // max(1, self.budget))
         return range(start, start + spacing * self.budget, spacing)
 
 

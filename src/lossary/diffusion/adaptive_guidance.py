@@ -8,7 +8,7 @@ whoever pays for guidance twice; gains grow with the number of steps after the c
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ PAPER = Paper(
     departs=(
         "similarity and regression are of predictions of x_0, which is what guidances see here; predictions of noise,"
         " the paper's, serve by calling the guidance on them, but agree trivially at the highest noise levels",
-        "the regression leaves out directions in which predictions hardly differ; the paper's is plain",
+        "the regression leaves out directions in which predictions hardly differ; rtol 0 is the paper's, a plain one",
         "no search for policies (the paper's neural architecture search); its outcome is what is built here",
     ),
     equation=(
@@ -38,13 +38,13 @@ PAPER = Paper(
     url="https://arxiv.org/abs/2312.12487",
 )
 
-_CUT = 1e-3  # relative, of singular values in the regression
-
 
 def guidance_similarity(
     cond: Float[Tensor, "*batch_and_data"], uncond: Float[Tensor, "*batch_and_data"], *, data_dims: int | None = None
 ) -> Float[Tensor, "*batch"]:
     """The cosine between two predictions of each sample, -1 to 1; 1 where both are zero, 0 where one is.
+
+    Computed in double precision, returned in the dtype of `cond`.
 
     Args:
         cond, uncond: of one shape.
@@ -56,14 +56,7 @@ def guidance_similarity(
     >>> guidance_similarity(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[6.0, 8.0], [1.0, -1.0]]))
     tensor([1., 0.])
     """
-    require.floating("cond", cond, at_least_dims=1)
-    require.same_shape("uncond", uncond, tuple(cond.shape))
-    dims = cond.ndim - 1 if data_dims is None else data_dims
-    require.whole("data_dims", dims, at_least=1, at_most=cond.ndim)
-    a, b = cond.flatten(cond.ndim - dims), uncond.flatten(cond.ndim - dims)
-    lengths = a.norm(dim=-1) * b.norm(dim=-1)
-    found = (a * b).sum(-1) / torch.where(lengths > 0, lengths, 1.0)
-    return torch.where((a == b).all(-1), 1.0, found)
+    return _cosine(cond, uncond, data_dims).to(cond.dtype)
 
 
 @guidance(examples=({"scale": 3.0}, {"scale": 3.0, "threshold": 0.5}))
@@ -71,8 +64,9 @@ def guidance_similarity(
 class AdaptiveGuidance:
     """g(cond, uncond, state): classifier-free, and conditional only after predictions have become similar.
 
-    The step at which they do is still guided; its evaluation is paid for. Each sample switches by itself, for good;
-    the network is spared once the last of the batch has. The state is which have, (*batch) bool.
+    Similarities are computed and compared in double precision, whatever the network's. The step at which they pass is
+    still guided; its evaluation is paid for. Each sample switches by itself, for good; the network is spared once the
+    last of the batch has. The state is which have, (*batch) bool.
 
     Args:
         scale: w of classifier-free guidance.
@@ -91,11 +85,14 @@ class AdaptiveGuidance:
     """
 
     scale: float
+    _: KW_ONLY
     threshold: float = 0.991
     data_dims: int | None = None
 
     def __post_init__(self) -> None:
         require.number("scale", self.scale)
+        if isinstance(self.threshold, Tensor):
+            raise ValueError("threshold: expected a number, got a tensor, which would get no gradient")
         require.number("threshold", self.threshold, at_least=-1.0, at_most=1.0)
 
     def needs(self, state: Bool[Tensor, "*batch"] | None) -> bool:
@@ -106,7 +103,7 @@ class AdaptiveGuidance:
         if state is not None and not self.needs(state):
             return cond, state
         guided, _ = classifier_free(self.scale)(cond, uncond, None)
-        similar = guidance_similarity(cond, uncond, data_dims=self.data_dims) >= self.threshold
+        similar = _cosine(cond, uncond, self.data_dims) >= self.threshold
         if state is None:
             return guided, similar
         return torch.where(over(state, cond), cond, guided), state | similar
@@ -137,6 +134,7 @@ class LinearAG:
 
     scale: float
     weights: Mapping[int, Float[Tensor, " predictions"]]
+    _: KW_ONLY
     until: int | None = None
 
     def __post_init__(self) -> None:
@@ -157,30 +155,34 @@ class LinearAG:
         scale: float,
         replaced: Collection[int],
         until: int | None = None,
+        rtol: float = 1e-3,
     ) -> "LinearAG":
         """Least squares over all entries of recorded runs under full classifier-free guidance of that scale.
 
         Predictions of neighbouring steps are nearly the same, and where estimates are combined again, large weights
-        of opposite sign would multiply their errors: directions below a thousandth of the largest are left out.
+        of opposite sign multiply their errors: plain least squares, the paper's, then diverges. Directions whose
+        singular value is below `rtol` of the largest are left out.
 
         Args:
             cond, uncond: predictions at each step.
             scale: w.
             replaced: steps whose unconditional prediction will be estimated, from 1 on.
             until: number of guided steps, None for all.
+            rtol: where singular values are cut, relative to the largest, 0 to 1; 0 is plain least squares.
 
         Raises:
-            ValueError: shapes that differ, or a step that was not recorded.
+            ValueError: shapes that differ, a step that was not recorded, or numbers out of range.
         """
         require.floating("cond", cond, at_least_dims=3)
         require.same_shape("uncond", uncond, tuple(cond.shape))
+        require.number("rtol", rtol, at_least=0.0, below=1.0)
         c, u = (p.double().flatten(1) for p in (cond, uncond))
         weights: dict[int, Float64[Tensor, " predictions"]] = {}
         for step in replaced:
             require.whole("replaced", step, at_least=1, at_most=len(c) - 1)
             past = torch.cat([c[: step + 1], u[:step]]).T
-            weights[step] = torch.linalg.pinv(past, rtol=_CUT) @ u[step]
-        return cls(scale, weights, until)
+            weights[step] = torch.linalg.pinv(past, rtol=rtol) @ u[step]
+        return cls(scale, weights, until=until)
 
     def needs(self, state: Any) -> bool:
         """Whether the unconditional prediction is needed."""
@@ -198,3 +200,17 @@ class LinearAG:
             uncond = sum(w * p for w, p in zip(self.weights[step].tolist(), past))  # type: ignore[assignment]
         guided, _ = classifier_free(self.scale)(cond, uncond, None)
         return guided, ((*earlier_cond, cond), (*earlier_uncond, uncond))
+
+
+def _cosine(cond: Tensor, uncond: Tensor, data_dims: int | None) -> Float64[Tensor, "*batch"]:
+    require.floating("cond", cond, at_least_dims=1)
+    require.same_shape("uncond", uncond, tuple(cond.shape))
+    dims = cond.ndim - 1 if data_dims is None else data_dims
+    require.whole("data_dims", dims, at_least=1, at_most=cond.ndim)
+    a, b = (p.double().flatten(cond.ndim - dims) for p in (cond, uncond))
+    units = []
+    for p in (a, b):
+        length = p.norm(dim=-1, keepdim=True)
+        units.append(p / torch.where(length > 0, length, 1.0))
+    found = (units[0] * units[1]).sum(-1).clamp(-1, 1)
+    return torch.where((a == b).all(-1), 1.0, found)

@@ -7,7 +7,7 @@ part of the earlier differences (a negative momentum), so that each step follows
 For scales well above those of faithful sampling; data should be centred, since "larger" is meant from the origin.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from jaxtyping import Float
@@ -83,6 +83,7 @@ class AdaptiveProjectedGuidance:
     """
 
     scale: float
+    _: KW_ONLY
     eta: float = 0.0
     momentum: float = -0.5
     radius: float | None = 15.0
@@ -101,8 +102,9 @@ class AdaptiveProjectedGuidance:
         running = cond - uncond if state is None else cond - uncond + self.momentum * state
         update = running
         if self.radius is not None:
-            length = running.square().sum(_data(running, self.data_dims), keepdim=True).sqrt()
-            update = running * (self.radius / length.clamp(min=self.radius))
+            # double: squares overflow in float16; vector_norm: its gradient at 0 is 0
+            length = torch.linalg.vector_norm(running.double(), dim=_data(running, self.data_dims), keepdim=True)
+            update = running * (self.radius / length.clamp(min=self.radius)).to(running.dtype)
         parallel, orthogonal = project_parallel_orthogonal(update, cond, data_dims=self.data_dims)
         return cond + (self.scale - 1) * (orthogonal + self.eta * parallel), running
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from lossary import require
+from lossary.diffusion._attention import attend
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -24,8 +25,9 @@ PAPER = Paper(
     year=2023,
     helps=("few-labels", "guidance"),
     departs=(
-        "the loop is the caller's: 400 steps on the new embeddings alone at 5e-4, then 400 on all weights at 2e-6 with"
-        " the ordinary loss on pictures of the class added; so is the prompt and the order of concepts in it",
+        "the loop is the caller's: 400 steps on the new embeddings alone at 5e-4, then 400 with a new optimizer on"
+        " embeddings and all weights at 2e-6, the ordinary loss on pictures of the class added; so is the prompt and"
+        " the order of concepts in it",
         "claims: a transformer of 56 thousand weights on 12x12 pictures that predicts x_0, trained first on 16 objects"
         " with a word each; no text encoder, no flips, handles start from random words",
     ),
@@ -55,7 +57,7 @@ def union_sampling(
         union: the largest of their masks, pixel by pixel.
 
     Raises:
-        ValueError: masks without a concept, or not of three dimensions.
+        ValueError: masks without a concept, or not of three dimensions; a shape that is no tuple of whole numbers.
 
     >>> import torch
     >>> chosen, union = union_sampling(torch.eye(2)[:, None], (100,), generator=torch.Generator().manual_seed(0))
@@ -66,6 +68,10 @@ def union_sampling(
     n = len(masks)
     if not n:
         raise ValueError("masks: expected at least one concept, got none")
+    if not isinstance(shape, tuple):
+        raise ValueError(f"shape: expected a tuple of whole numbers, got {shape!r}")
+    for size in shape:
+        require.whole("shape", size)
     rank = torch.rand(*shape, n, generator=generator).argsort(-1).argsort(-1)
     number = torch.randint(1, n + 1, (*shape, 1), generator=generator)
     chosen = (rank < number).to(masks.device)
@@ -124,7 +130,8 @@ def cross_attention_mask_loss(
     """
     require.floating("attention", attention, at_least_dims=3)
     _leading("masks", masks, tuple(attention.shape[:-2]))
-    highest = attention.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(attention.dtype).tiny)
+    highest = attention.amax((-2, -1), keepdim=True)
+    highest = torch.where(highest > 0, highest, 1.0)  # a small number instead would make the gradient huge
     error = (attention / highest - _resized(masks, tuple(attention.shape[-2:]))).square().mean((-2, -1))
     if chosen is not None:
         if chosen.dtype is not torch.bool or chosen.shape != error.shape:
@@ -136,8 +143,11 @@ def cross_attention_mask_loss(
 class CrossAttentionRecorder:
     """A processor of diffusers' attention that keeps the maps of cross-attention, with their gradients.
 
-    Set one for all layers: `unet.set_attn_processor(recorder)`; it computes what diffusers' own processor does, though
-    not in fused kernels. `maps` averages what it has seen since the last call.
+    Set one for all layers: `unet.set_attn_processor(recorder)`; it computes what diffusers' default processor does,
+    though not in fused kernels. Of each layer the latest map of each size counts, so that passes before the last, and
+    what gradient checkpointing computes again, take no more memory; call `maps` after every forward pass, before
+    `backward`. Checkpointing must be of the kind without re-entry, which is diffusers' own: the other has no gradients
+    outside of `backward`.
 
     >>> CrossAttentionRecorder().maps((16, 16))
     Traceback (most recent call last):
@@ -146,7 +156,7 @@ class CrossAttentionRecorder:
     """
 
     def __init__(self) -> None:
-        self._seen: list[Tensor] = []
+        self._seen: dict[tuple[int, int], Tensor] = {}  # by layer and number of pixels
 
     def __call__(
         self,
@@ -154,20 +164,17 @@ class CrossAttentionRecorder:
         hidden_states: Float[Tensor, "batch pixels width"],
         encoder_hidden_states: Float[Tensor, "batch tokens wide"] | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
         **ignored: Any,
     ) -> Tensor:
         """The layer's output; `attn` is a `diffusers.models.attention_processor.Attention`."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(hidden_states))
-        query, key, value = (
-            attn.head_to_batch_dim(project(states))
-            for project, states in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        maps = attn.get_attention_scores(query, key, attention_mask)
-        if encoder_hidden_states is not None:
-            self._seen.append(maps.unflatten(0, (len(hidden_states), -1)).mean(1))
-        output = attn.batch_to_head_dim(maps @ value)
-        return attn.to_out[1](attn.to_out[0](output))  # type: ignore[no-any-return]
+
+        def record(maps: Tensor) -> Tensor:
+            if encoder_hidden_states is not None:
+                self._seen[id(attn), maps.shape[2]] = maps.mean(1)
+            return maps
+
+        return attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb, edit=record)
 
     def maps(self, size: tuple[int, int]) -> Float[Tensor, "batch tokens height width"]:
         """Mean over heads and the layers of that size, which is 16x16 in the paper; then forgets all.
@@ -175,8 +182,8 @@ class CrossAttentionRecorder:
         Raises:
             ValueError: no layer had that size.
         """
-        found = [m for m in self._seen if m.shape[1] == math.prod(size)]
-        self._seen = []
+        found = [m for (_, pixels), m in self._seen.items() if pixels == math.prod(size)]
+        self._seen = {}
         if not found:
             raise ValueError(f"size: no cross-attention of {size[0]}x{size[1]} was seen")
         return torch.stack(found).mean(0).mT.unflatten(-1, size)

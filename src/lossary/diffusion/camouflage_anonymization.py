@@ -90,10 +90,10 @@ class AnonymizingDenoiser:
         conditional, unconditional, identity: denoisers; see there.
         scale, repulsion: see there.
         lowest: noise level below which nothing is pushed, so that the end is undisturbed; in the first 0.7 of a
-            schedule's steps with the level at 0.7 of them.
+            schedule's steps with the level at 0.7 of them. At a level of 0 nothing is, for noise is not defined there.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range; when called, several noise levels.
 
     >>> import torch
     >>> denoise = AnonymizingDenoiser(lambda x, sigma: 0 * x, lambda x, sigma: 0 * x, lambda x, sigma: x, lowest=1.0)
@@ -118,9 +118,12 @@ class AnonymizingDenoiser:
         self.scale, self.repulsion, self.lowest = scale, repulsion, lowest
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """x_0, of the shape of x (batch, ...)."""
+        """x_0, of the shape of x (batch, ...), at one level for the whole batch."""
+        if isinstance(sigma, Tensor) and sigma.numel() != 1:
+            raise ValueError(f"sigma: expected one noise level for all, got shape {tuple(sigma.shape)}")
+        sigma = float(sigma)
         conditional, unconditional = self.conditional(x, sigma), self.unconditional(x, sigma)
-        if not self.repulsion or sigma < self.lowest:
+        if not self.repulsion or sigma == 0 or sigma < self.lowest:
             return unconditional + self.scale * (conditional - unconditional)
         known = self.identity(x, sigma)
         noises = ((x - clean) / sigma for clean in (conditional, unconditional, known))
@@ -195,6 +198,9 @@ def decoupled_attention(
     require.floating("query", query, dims=4)
     require.same_shape("attended", attended, tuple(query.shape))
     require.floating("key", key, dims=4)
+    batch, heads, _, width = query.shape
+    if tuple(key.shape) != (batch, heads, key.shape[2], width):
+        raise ValueError(f"key: expected shape {(batch, heads, 'tokens', width)}, got {tuple(key.shape)}")
     require.same_shape("value", value, tuple(key.shape))
     mask = None
     if present is not None:

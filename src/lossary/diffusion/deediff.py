@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lossary import require
+from lossary.diffusion._process import over
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -35,6 +36,8 @@ PAPER = Paper(
 
 class UncertaintyExitHead(nn.Module):
     """c = sigmoid(W [h, time] + b) of a block's features, which get no gradient: 1 is certain, 1 - c the uncertainty.
+
+    h is (*batch, features) or (*batch, tokens, features), time (*batch, time_features), the same for all tokens.
 
     Args:
         features: last dimension of h.
@@ -58,7 +61,7 @@ class UncertaintyExitHead(nn.Module):
         self.linear = nn.Linear(features + time_features, outputs)
 
     def forward(
-        self, h: Float[Tensor, "*batch features"], time: Float[Tensor, "*#batch time_features"] | None = None
+        self, h: Float[Tensor, "*batch features"], time: Float[Tensor, "*leading time_features"] | None = None
     ) -> Float[Tensor, "*batch outputs"]:
         require.floating("h", h, at_least_dims=1)
         if (0 if time is None else time.shape[-1]) != self.time_features:
@@ -66,7 +69,11 @@ class UncertaintyExitHead(nn.Module):
             raise ValueError(f"time: expected {self.time_features} features, got {got}")
         h = h.detach()
         if time is not None:
-            h = torch.cat([h, time.detach().expand(*h.shape[:-1], -1)], dim=-1)
+            leading = time.shape[:-1]
+            if len(leading) >= h.ndim or any(n not in (1, size) for n, size in zip(leading, h.shape)):
+                raise ValueError(f"time: expected leading dimensions of {tuple(h.shape[:-1])}, got {tuple(time.shape)}")
+            time = time.detach().reshape(*leading, *[1] * (h.ndim - time.ndim), -1)
+            h = torch.cat([h, time.expand(*h.shape[:-1], -1)], dim=-1)
         return self.linear(h).sigmoid()  # type: ignore[no-any-return]
 
 
@@ -81,6 +88,8 @@ def deediff_loss(
     batch_dims: int = 1,
 ) -> Float[Tensor, "*batch"]:
     """The squared error of the last layer, of the certainties, and of all layers by their certainty; per sample.
+
+    Where all certainties are 0, layers weigh the same.
 
     Args:
         predictions: of each layer, the last one the network's.
@@ -114,7 +123,8 @@ def deediff_loss(
     truth = 1 - (predictions - target).abs().tanh().detach()
     unsure = mean((certainty - truth).square()).mean(0)
     share = mean(certainty).mean(-1, keepdim=True)
-    share = share / share.sum(0)
+    total = share.sum(0)
+    share = torch.where(total > 0, share / torch.where(total > 0, total, 1.0), 1 / len(share))
     if detach:
         share = share.detach()
     return error[-1] + certainty_weight * unsure + layer_weight * (share * error).sum(0)
@@ -183,4 +193,4 @@ def early_exit_denoise(
 
 def _taken(where: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
     """`new` for the samples chosen, `old` for the others."""
-    return new if old is None else torch.where(where.reshape(*where.shape, *[1] * (new.ndim - where.ndim)), new, old)
+    return new if old is None else torch.where(over(where, new), new, old)

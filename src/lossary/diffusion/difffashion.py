@@ -30,7 +30,9 @@ PAPER = Paper(
         " of DINO's last layer; the features are the caller's",
         "steps have the posterior's variance, not a learned one; surroundings are pasted at the noise level that the"
         " sample has after the step, the official code's is one step noisier",
-        "claims: 8x8 pictures of four shapes, a U-Net of two levels, features of a two-layer classifier, 20 steps;"
+        "between the repeated first steps noise is added back as from the level reached to the first; the official code"
+        " adds that of the beta one step below",
+        "claims: 8x8 pictures of four lit shapes, a U-Net of two levels, features of a two-layer classifier, 20 steps;"
         " no transfer of colour statistics there, since it recolours the surroundings as well",
     ),
     equation=(
@@ -178,8 +180,8 @@ def structure_appearance_guidance(
     sigmas: Float[Tensor, " steps_and_one"],
     *,
     restarts: int = 10,
-    pasted: int = 36,
-    changing: int = 20,
+    pasted: int = 35,
+    changing: int = 19,
     generator: Generator | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
     """The reference noised to sigmas[0], then denoised with each step's mean moved down the loss's gradient.

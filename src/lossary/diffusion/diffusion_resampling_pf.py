@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
@@ -61,7 +62,8 @@ def object_log_ratio(
     that asked for it, h = 1 - detected.
 
     Args:
-        log_prob: log p that each object of the prompt is seen, <= 0; best on the denoised prediction.
+        log_prob: log p that each object of the prompt is seen, <= 0; best on the denoised prediction. An object that
+            is never forgotten counts 0, whatever p.
         detected: share of generated samples that show each object, at this noise level.
         prior: chance that a prompt's picture goes without the object, 0 to 1.
 
@@ -76,8 +78,8 @@ def object_log_ratio(
     require.number("prior", prior, above=0.0, below=1.0)
     forgotten = (1 - detected) * (1 - prior)
     share = forgotten / (prior + forgotten)
-    p = log_prob.exp()
-    return (log_prob - (p + (1 - p) * share).log()).sum(-1)
+    excess = share.log() + torch.log1p(-log_prob.exp()) - log_prob  # log of (1 - p) r / p
+    return torch.where(share > 0, -F.softplus(excess), 0.0).sum(-1)
 
 
 def multinomial_resample(
@@ -111,7 +113,8 @@ class ParticleFilterSampler:
     """s(denoise, x, sigmas, *, generator): Heun's method with resampling, evaluations as many as `heun`.
 
     Consecutive samples along the last batch dimension form groups. At each chosen step a group is resampled by its
-    potential over that of each particle's ancestor at the step before, and noised up by sqrt(2).
+    potential over that of each particle's ancestor at the step before, and noised up by sqrt(2). A potential of -inf
+    is a weight of 0; a group in which all are stays as it is, and its ancestors do not count at the next step.
 
     Args:
         log_potential: log phi(x (*batch, *data), sigma, a number) -> (*batch), an estimate of log q / p of the
@@ -123,7 +126,8 @@ class ParticleFilterSampler:
         data_dims: how many trailing dimensions make one sample; None is all but the first.
 
     Raises:
-        ValueError: numbers out of range, or a batch that does not divide into groups.
+        ValueError: numbers out of range, steps that the levels do not have, a batch that does not divide into groups,
+            or potentials of another shape than the batch.
 
     >>> sampler = ParticleFilterSampler(lambda x, sigma: x[..., 0], particles=2, at=(0,), keep_best=True)
     >>> sampler(lambda x, sigma: x, torch.randn(6, 3), torch.tensor([1.0, 0.5])).shape
@@ -152,13 +156,17 @@ class ParticleFilterSampler:
         shape = x.shape[:-dims]
         if shape[-1] % self.particles:
             raise ValueError(f"x: expected a batch in groups of {self.particles}, got shape {tuple(x.shape)}")
+        steps = len(sigmas) - 1
+        if any(step >= steps for step in self.at):
+            raise ValueError(f"at: expected steps from 0 to {steps - 1}, got {list(self.at)}")
         before: Tensor | float = 0.0
         for step, (sigma, lower) in enumerate(zip(sigmas.tolist(), sigmas[1:].tolist())):
             raised = sigma * (1 + self.churn)
             if step in self.at:
-                potential = self._potential(x, sigma)
+                potential = self._potential(x, sigma, dims)
                 index = multinomial_resample(potential - before, generator=generator)
                 x, before = self._chosen(x, index, dims).view(x.shape), potential.gather(-1, index)
+                before = torch.where(before == -torch.inf, 0.0, before)
                 raised = sigma * math.sqrt(2)
             if raised > sigma:
                 noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -166,11 +174,13 @@ class ParticleFilterSampler:
             x = heun(denoise, x, torch.tensor([raised, lower], dtype=torch.float64))
         if not self.keep_best:
             return x
-        best = self._potential(x, sigmas[sigmas > 0][-1].item()).argmax(-1, keepdim=True)
+        best = self._potential(x, sigmas[sigmas > 0][-1].item(), dims).argmax(-1, keepdim=True)
         return self._chosen(x, best, dims).view(*shape[:-1], shape[-1] // self.particles, *x.shape[-dims:])
 
-    def _potential(self, x: Tensor, sigma: float) -> Float[Tensor, "groups particles"]:
-        return self.log_potential(x, sigma).reshape(-1, self.particles)
+    def _potential(self, x: Tensor, sigma: float, dims: int) -> Float[Tensor, "groups particles"]:
+        found = self.log_potential(x, sigma)
+        require.same_shape("log_potential", found, tuple(x.shape[:-dims]))
+        return found.reshape(-1, self.particles)
 
     def _chosen(self, x: Tensor, index: Int[Tensor, "groups kept"], dims: int) -> Tensor:
         grouped = x.reshape(len(index), self.particles, -1)

@@ -47,7 +47,7 @@ class _ShrinkageBasis:
         values: lambda_k (B, d), falling: 1 keeps a direction, 0 removes it.
         vectors: e_k (B, d, d), orthonormal columns.
         net_bias: f(y) - J y, of the shape of y; 0 where the network has no additive constants.
-        asymmetry: |J - J'| / (2 |J|) (B,); 0 for a true posterior mean.
+        asymmetry: |J - J'| / (2 |J|) (B,); 0 for a true posterior mean, and where J is 0.
         sigma: (B,).
     """
 
@@ -69,14 +69,21 @@ class _ShrinkageBasis:
 
 
 def denoiser_jacobian_basis(
-    denoise: Denoise, y: Float[Tensor, "B *data"], sigma: Float[Tensor, " B"] | float
+    denoise: Denoise,
+    y: Float[Tensor, "B *data"],
+    sigma: Float[Tensor, " B"] | float,
+    *,
+    chunk_size: int | None = None,
 ) -> _ShrinkageBasis:
     """Eigenvalues and eigenvectors of the denoiser's Jacobian at noisy data, d backward passes in one call.
+
+    The denoiser runs in the dtype of y, the rest in it or float32, whichever is more precise.
 
     Args:
         denoise: denoise(x, sigma) -> x_0 that `torch.func.vmap` can run; put networks in eval mode.
         y: noisy data, each of d numbers in any shape.
         sigma: standard deviation of their noise.
+        chunk_size: how many of the d backward passes run at a time, None for all; fewer take less memory.
 
     Returns:
         `values` (B, d), falling: 1 keeps a direction, 0 removes it; `vectors` (B, d, d), orthonormal columns;
@@ -84,13 +91,15 @@ def denoiser_jacobian_basis(
         `expected_error` (B,), sigma^2 tr J, the squared error of a true posterior mean, summed over the d numbers.
 
     Raises:
-        ValueError: `y` without a batch, or a `sigma` of another length.
+        ValueError: `y` without a batch, a `sigma` of another length, or a `chunk_size` below 1.
 
     >>> halve = lambda x, sigma: x * torch.tensor([0.5, 0.25])
     >>> denoiser_jacobian_basis(halve, torch.ones(1, 2), 2.0).expected_error  # 4 (0.5 + 0.25)
     tensor([3.])
     """
     require.floating("y", y, at_least_dims=2)
+    if chunk_size is not None:
+        require.whole("chunk_size", chunk_size, at_least=1)
     level = torch.as_tensor(sigma, dtype=y.dtype, device=y.device)
     if level.ndim:
         require.same_shape("sigma", level, tuple(y.shape[:1]))
@@ -101,9 +110,12 @@ def denoiser_jacobian_basis(
         return found, found
 
     flat = y.detach().flatten(1)
-    jacobian, found = torch.func.vmap(torch.func.jacrev(both, has_aux=True))(flat, level)
+    derived = torch.func.vmap(torch.func.jacrev(both, has_aux=True, chunk_size=chunk_size))(flat, level)
+    wide = torch.promote_types(y.dtype, torch.float32)  # eigh knows no half precision
+    jacobian, found, flat, level = (part.to(wide) for part in (*derived, flat, level))
     values, vectors = torch.linalg.eigh((jacobian + jacobian.mT) / 2)
-    skew = (jacobian - jacobian.mT).flatten(1).norm(dim=1) / (2 * jacobian.flatten(1).norm(dim=1))
+    size, skew = (part.flatten(1).norm(dim=1) for part in (jacobian, jacobian - jacobian.mT))
+    skew = skew / (2 * torch.where(size > 0, size, 1.0))
     rest = found - (jacobian @ flat.unsqueeze(-1)).squeeze(-1)
     return _ShrinkageBasis(values.flip(-1), vectors.flip(-1), rest.view_as(y), skew, level)
 
@@ -238,6 +250,7 @@ class BiasFreeConv2d(nn.Conv2d):
             return x
         sd = self.running_sd
         if self.training:
-            sd = (x.var((0, 2, 3), unbiased=False) + self.eps).sqrt()
-            self.running_sd.lerp_(sd.detach(), self.momentum)
-        return x * (self.gamma / sd).view(-1, 1, 1)
+            wide = torch.promote_types(x.dtype, self.running_sd.dtype)  # they differ under autocast
+            sd = (x.to(wide).var((0, 2, 3), unbiased=False) + self.eps).sqrt()
+            self.running_sd.lerp_(sd.detach().to(self.running_sd), self.momentum)
+        return x * (self.gamma / sd).view(-1, 1, 1).to(x.dtype)

@@ -36,7 +36,7 @@ PAPER = Paper(
     url="https://github.com/wpeebles/G.pt",
 )
 
-_EDGE = 1e-3  # training times are drawn from here to 1
+_EDGE = 1e-3  # training times are drawn from here to 1; sampling starts as far from 1, where alpha may be 0
 
 
 def permute_hidden_units(
@@ -197,8 +197,9 @@ class CheckpointDiffusion(nn.Module):
     Args:
         network: called as network(x_t, t, theta, loss, prompt), parameters (*batch, P) scaled, the others (*batch);
             theta is added to what it returns, which makes it a prediction of the clean parameters.
-        scale: by which parameters are multiplied first; the paper takes 0.538 over their standard deviation.
-        process: of the noise; None is `variance_preserving()`.
+        scale: by which parameters are multiplied first, a number, or a tensor that broadcasts over them, such as one
+            for each replica; the paper takes 0.538 over their standard deviation.
+        process: of the noise, with times from 0 to 1; None is `variance_preserving()`. Sampling starts at 0.999.
 
     Raises:
         ValueError: a scale that is not above 0.
@@ -208,10 +209,18 @@ class CheckpointDiffusion(nn.Module):
     tensor([[1., 2.]])
     """
 
-    def __init__(self, network: Callable[..., Tensor], *, scale: float = 1.0, process: Process | None = None) -> None:
+    scale: Tensor | float
+
+    def __init__(
+        self, network: Callable[..., Tensor], *, scale: Tensor | float = 1.0, process: Process | None = None
+    ) -> None:
         super().__init__()
         require.number("scale", scale, above=0.0)
-        self.network, self.scale = network, scale
+        if isinstance(scale, Tensor):
+            self.register_buffer("scale", scale)
+        else:
+            self.scale = scale
+        self.network = network
         self.process = process or variance_preserving()
 
     def _predict(self, x: Tensor, t: Tensor, theta: Tensor, loss: Tensor, prompt: Tensor) -> Tensor:
@@ -274,7 +283,7 @@ class CheckpointDiffusion(nn.Module):
         require.floating("theta", theta, at_least_dims=1)
         require.same_shape("loss", loss, tuple(theta.shape[:-1]))
         require.same_shape("prompt", prompt, tuple(theta.shape[:-1]))
-        sigmas, start = process_sigmas(self.process, steps), self.scale * theta
+        sigmas, start = process_sigmas(self.process, steps, first=1 - _EDGE), self.scale * theta
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             t = self.process.time(torch.full_like(loss, sigma))

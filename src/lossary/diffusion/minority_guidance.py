@@ -98,6 +98,7 @@ def minority_classes(scores: Float[Tensor, " samples"], *, levels: int = 100) ->
     """
     require.floating("scores", scores, dims=1)
     require.whole("levels", levels, at_least=2)
+    scores = scores.double()  # quantiles of half precision are not defined
     share = torch.arange(1, levels, dtype=scores.dtype, device=scores.device) / levels
     return torch.bucketize(scores, scores.quantile(share))
 

@@ -48,7 +48,8 @@ def set_skip_scale(module: nn.Module, skip_channels: int, rho: float) -> Removab
         The hook's handle: `handle.remove()`.
 
     Raises:
-        ValueError: numbers out of range; in the call, an input without that many channels and one more.
+        ValueError: numbers out of range; in the call, an input given by keyword, or without that many channels and
+            one more.
 
     >>> block = nn.Identity()
     >>> handle = set_skip_scale(block, 2, 0.5)
@@ -60,7 +61,9 @@ def set_skip_scale(module: nn.Module, skip_channels: int, rho: float) -> Removab
     require.number("rho", rho, at_least=0.0)
 
     def scale(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        (x, *rest) = args
+        if not args:
+            raise ValueError("input: expected as the module's first positional argument, got keywords only")
+        x, *rest = args
         require.floating("input", x, at_least_dims=2)
         if x.shape[1] <= skip_channels:
             raise ValueError(f"input: expected more than {skip_channels} channels, got shape {tuple(x.shape)}")
@@ -120,8 +123,13 @@ class SkipTuning:
 
         Args:
             denoise: calls the network to which the joins belong.
-            between: the levels; where one batch has several, all must lie between.
+            between: the levels, rising; where one batch has several, all must lie between.
+
+        Raises:
+            ValueError: levels that do not rise.
         """
+        if between is not None:
+            require.number("between[0]", between[0], below=between[1])
 
         def tuned(x: Tensor, sigma: Float[Tensor, "*batch"] | float, *conditions: Any, **named: Any) -> Tensor:
             level = torch.as_tensor(sigma)

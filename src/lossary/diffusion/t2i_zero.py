@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lossary import require
+from lossary.diffusion._attention import attend
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -27,6 +28,8 @@ PAPER = Paper(
         "no official code was found: built from the algorithms as reviews quote them and from a re-implementation",
         "stand-ins: the threshold is a share of the largest similarity, since the paper has it between 0 and 1 (the"
         " re-implementation takes a quantile); strength 0.5; the winner is found in each head by itself",
+        "beside a dimension far larger than all in every token, as in CLIP's last states, nothing passes that"
+        " threshold, and it is added up over the neighbours; per_dimension is ours, against the first of the two",
         "what suppression takes away is not given to other tokens; blurring repeats the edge",
         "claims: a transformer of 58 thousand weights on 12x12 pictures, whose text encoder is random vectors with"
         " those before mixed in; no classifier-free guidance",
@@ -46,11 +49,17 @@ def correct_by_similarities(
     window: int = 2,
     threshold: float = 0.1,
     strength: float = 0.5,
+    per_dimension: bool = False,
 ) -> Float[Tensor, "*batch tokens width"]:
     """The embeddings, with each concept's drawn towards sum_i S_i f_i over its neighbours i, itself among them.
 
     S_i = f_c f_i, number by number, over its largest value among all tokens, and 0 where that is at most `threshold`.
     All concepts are corrected from the embeddings as they came.
+
+    Warning: the largest value is one for all dimensions. If all tokens share a dimension far larger than the rest, as
+    the last states of CLIP's text encoder do, nothing else passes the threshold: the other dimensions fall to
+    1 - strength, and that one grows to 1 + 2 window strength of itself, thrice at the defaults. Look at
+    `embeddings.abs().amax(-2)` first, and then take `per_dimension` or a smaller window.
 
     Args:
         embeddings: f, of a prompt, as `encode_prompt` of a diffusers pipeline gives it.
@@ -58,9 +67,11 @@ def correct_by_similarities(
         window: gamma, neighbours on either side.
         threshold: tau, from 0 to 1.
         strength: alpha, from 0, no change.
+        per_dimension: divide by the largest value in each dimension by itself, so that none hides the others; a large
+            one that is shared is still added up over the neighbours.
 
     Raises:
-        ValueError: a position beyond the tokens, or a number out of range.
+        ValueError: a position beyond the tokens or given twice, or a number out of range.
 
     >>> import torch
     >>> correct_by_similarities(torch.tensor([[1.0, 0.0], [2.0, 0.1]]), [1], threshold=0.2)[1]
@@ -71,11 +82,11 @@ def correct_by_similarities(
     require.number("threshold", threshold, at_least=0.0, below=1.0)
     require.number("strength", strength, at_least=0.0)
     corrected = embeddings.clone()
-    for c in _within(concepts, embeddings.shape[-2]):
+    for c in _distinct(concepts, tokens=embeddings.shape[-2]):
         concept = embeddings[..., c, :]
         alike = concept.unsqueeze(-2) * embeddings
-        highest = alike.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(alike.dtype).tiny)
-        share = alike / highest
+        highest = alike.amax(-2 if per_dimension else (-2, -1), keepdim=True)
+        share = alike / torch.where(highest > 0, highest, 1.0)
         drawn = torch.where(share > threshold, share, 0.0) * embeddings
         near = drawn[..., max(0, c - window) : c + window + 1, :].sum(-2)
         corrected[..., c, :] = (1 - strength) * concept + strength * near
@@ -101,7 +112,8 @@ def cross_token_nms(
         shared: instead find the winners from the mean over the last dimension of *batch, the heads.
 
     Raises:
-        ValueError: a position beyond the tokens, an even kernel, a sigma not above 0, or no heads to share.
+        ValueError: a position beyond the tokens or given twice, an even kernel, a sigma not above 0, or no heads to
+            share.
 
     >>> import torch
     >>> cross_token_nms(torch.tensor([[[0.2, 0.5, 0.3], [0.2, 0.3, 0.5]]]), [1, 2])
@@ -109,10 +121,8 @@ def cross_token_nms(
              [0.2000, 0.0000, 0.5000]]])
     """
     require.floating("attention", attention, at_least_dims=4 if shared else 3)
-    require.number("sigma", sigma, above=0.0)
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel: expected an odd whole number >= 1, got {kernel!r}")
-    chosen = _within(concepts, attention.shape[-1])
+    _require_blur(kernel, sigma)
+    chosen = _distinct(concepts, tokens=attention.shape[-1])
     if len(chosen) < 2:
         return attention.clone()
     maps = attention[..., chosen].movedim(-1, -3)
@@ -145,7 +155,8 @@ class CrossTokenNMSAttnProcessor:
         active: whether it suppresses; a callback may switch it off after the early steps, which settle the layout.
 
     Raises:
-        ValueError: an aspect that is not above 0; when called, an aspect that the pixels do not have.
+        ValueError: an aspect that is not above 0, or what `cross_token_nms` refuses; when called, a position beyond the
+            tokens, or an aspect that the pixels do not have.
 
     >>> CrossTokenNMSAttnProcessor([2, 5]).active
     True
@@ -162,6 +173,8 @@ class CrossTokenNMSAttnProcessor:
         shared: bool = False,
     ) -> None:
         require.number("aspect", aspect, above=0.0)
+        _require_blur(kernel, sigma)
+        _distinct(concepts)
         self.concepts, self.aspect, self.guided, self.active = tuple(concepts), aspect, guided, True
         self.settings: dict[str, Any] = {"kernel": kernel, "sigma": sigma, "shared": shared}
 
@@ -171,32 +184,36 @@ class CrossTokenNMSAttnProcessor:
         hidden_states: Float[Tensor, "batch pixels width"],
         encoder_hidden_states: Float[Tensor, "batch tokens wide"] | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
         **ignored: Any,
     ) -> Tensor:
         """The layer's output; `attn` is a `diffusers.models.attention_processor.Attention`."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(hidden_states))
-        query, key, value = (
-            attn.head_to_batch_dim(project(states))
-            for project, states in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        maps = attn.get_attention_scores(query, key, attention_mask)
-        if encoder_hidden_states is not None and self.active:
-            maps = self._suppressed(maps, len(hidden_states))
-        output = attn.batch_to_head_dim(maps @ value)
-        return attn.to_out[1](attn.to_out[0](output))  # type: ignore[no-any-return]
 
-    def _suppressed(self, maps: Tensor, batch: int) -> Tensor:
-        height = round(math.sqrt(maps.shape[1] * self.aspect))
-        if height * round(height / self.aspect) != maps.shape[1]:
-            raise ValueError(f"aspect: {maps.shape[1]} pixels have no height over width of {self.aspect:g}")
-        apart = maps.unflatten(0, (batch, -1)).unflatten(2, (height, -1))  # (batch, heads, height, width, tokens)
-        alone, asked = apart.tensor_split([batch // 2 if self.guided else 0])
+        def suppress(maps: Tensor) -> Tensor:
+            return self._suppressed(maps) if self.active and encoder_hidden_states is not None else maps
+
+        return attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb, edit=suppress)
+
+    def _suppressed(self, maps: Float[Tensor, "batch heads pixels tokens"]) -> Tensor:
+        height = round(math.sqrt(maps.shape[2] * self.aspect))
+        if height * round(height / self.aspect) != maps.shape[2]:
+            raise ValueError(f"aspect: {maps.shape[2]} pixels have no height over width of {self.aspect:g}")
+        apart = maps.unflatten(2, (height, -1))
+        alone, asked = apart.tensor_split([len(maps) // 2 if self.guided else 0])
         asked = cross_token_nms(asked, self.concepts, **self.settings)
-        return torch.cat([alone, asked]).flatten(2, 3).flatten(0, 1)
+        return torch.cat([alone, asked]).flatten(2, 3)
 
 
-def _within(concepts: Sequence[int], tokens: int) -> list[int]:
+def _require_blur(kernel: int, sigma: float) -> None:
+    require.whole("kernel", kernel, at_least=1)
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel: expected an odd whole number, got {kernel}")
+    require.number("sigma", sigma, above=0.0)
+
+
+def _distinct(concepts: Sequence[int], *, tokens: int | None = None) -> list[int]:
     for c in concepts:
-        require.whole("concepts", c, at_most=tokens - 1)
+        require.whole("concepts", c, at_most=None if tokens is None else tokens - 1)
+    if len(set(concepts)) < len(concepts):
+        raise ValueError(f"concepts: expected no position twice, got {list(concepts)}")
     return list(concepts)

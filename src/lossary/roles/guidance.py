@@ -5,6 +5,7 @@ serves many runs at a time. One that can do without the unconditional prediction
 `needs(state) -> bool`; it may then be None.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ def guidance(
     tune: Mapping[str, tuple[Any, ...]] | None = None,
     xfail: Mapping[str, str] | None = None,
 ) -> Callable[[P], P]:
-    """Mark a guidance: a class whose instances are called, or a function with keyword-only hyper-parameters.
+    """Mark a guidance: a class whose instances are called, or a function; hyper-parameters with a default by keyword.
 
     Args:
         examples: hyper-parameters for the battery, which guides four samples of six numbers for three steps.
@@ -52,13 +53,13 @@ class GuidanceCase(Case):
         return self.walk(self.build(**override), inputs)
 
     @staticmethod
-    def walk(guide: Any, inputs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
+    def walk(guide: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         needs = getattr(guide, "needs", lambda state: True)
         found, state = [], None
         for cond, uncond in zip(inputs["cond"], inputs["uncond"]):
             guided, state = guide(cond=cond, uncond=uncond if needs(state) else None, state=state)
             found.append(guided)
-        return found, state
+        return torch.stack(found), state  # one tensor: what shows at a later step only is seen by shared checks, too
 
 
 def shaped(case: GuidanceCase) -> None:
@@ -115,9 +116,16 @@ def spared(case: GuidanceCase) -> None:
         _, state = guide(cond=cond, uncond=uncond if needs(state) else None, state=state)
 
 
+def keyworded(case: GuidanceCase) -> None:
+    """Hyper-parameters with a default are keyword-only: those are the ones that the battery turns wrong."""
+    for name, parameter in inspect.signature(case.part).parameters.items():
+        plain = parameter.kind is parameter.KEYWORD_ONLY or parameter.default is parameter.empty
+        demand(plain or name == "state", f"{name} has a default and can be given by position")
+
+
 ROLE = Role(
     name="guidance",
     protocol="g(cond (B, ...), uncond (B, ...) or None, state) -> (guided (B, ...), state); None starts anew",
     case=GuidanceCase,
-    checks=(shaped, content, stateless, separate, spared, *SHARED),
+    checks=(shaped, content, stateless, separate, spared, keyworded, *SHARED),
 )

@@ -60,6 +60,12 @@ def test_a_narrow_kernel_sees_outliers_or_clusters():
     assert max_entropy_acquisition(1e3 * particles, none, sigma=0.01) == 1  # no overflow
 
 
+def test_where_all_is_measured_there_is_no_place():
+    particles = torch.randn(2, 4, 3, 1, generator=rng())
+    measured = torch.tensor([[True, True, True], [True, False, True]])
+    assert max_entropy_acquisition(particles, measured).tolist() == [-1, 1]
+
+
 def test_where_the_width_turns_the_choice():
     """Squared distances 1 and 2: halves vary more, the outlier is farther; equal scores at one width alone."""
 
@@ -126,6 +132,8 @@ def test_it_asks_what_tells_the_modes_apart_and_believes_the_answer():
     assert (near == torch.tensor([[2], [1], [3]])).double().mean() > 0.9
     blind = ActiveDiffusionSampler(pixels, budget=0, data_dims=1)(truth.denoise, x, sigmas, observe)
     assert blind.order.shape == (3, 0)
+    short = ActiveDiffusionSampler(pixels, budget=0, window=(0.0, 0.1), data_dims=1)
+    assert short(truth.denoise, x, sigmas[::30], observe).order.shape == (3, 0)  # no step in the window
     assert torch.cdist(blind.particles, truth.means.expand(3, -1, -1)).argmin(-1).unique().numel() == 4
 
 

@@ -73,6 +73,29 @@ def test_evaluations_and_samples_on_an_exact_ring(data_dims):
     torch.testing.assert_close(again, torch.stack(ends))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_switches_as_high_precision_does(dtype):
+    """Cosines near the threshold, of predictions so long that their squares overflow in float16."""
+    cond, noise = (p.to(dtype).double() for p in 40 * torch.randn(2, 500, 96, generator=rng(), dtype=torch.float64))
+    uncond = (cond + 0.1345 * noise).to(dtype)
+    cosine = torch.cosine_similarity(cond, uncond.double(), dim=-1)
+    assert 0.1 < (cosine >= 0.991).double().mean() < 0.9
+    _, state = AdaptiveGuidance(3.0)(cond.to(dtype), uncond, None)
+    assert torch.equal(state, cosine >= 0.991)
+    found = guidance_similarity(cond.to(dtype), uncond)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found, cosine.to(dtype))
+
+
+def test_similarities_are_cosines_at_any_length():
+    tiny = torch.tensor([[3e-30, 4e-30]])
+    assert guidance_similarity(tiny, tiny.flip(1)).item() == pytest.approx(0.96)
+    cond = torch.randn(1000, 3, generator=rng())
+    for found in (guidance_similarity(cond, 3 * cond), -guidance_similarity(cond, -3 * cond)):
+        assert found.max() <= 1
+        assert found.min() > 1 - 1e-6
+
+
 def test_its_limits():
     cond, uncond = torch.randn(2, 4, 3, generator=rng()).unbind()
     never, state = AdaptiveGuidance(2.0, threshold=1.0), None
@@ -107,6 +130,19 @@ def test_the_fit_is_least_squares():
     assert (past @ residual).abs().max() < 1e-9  # orthogonal to all that it is made of
 
 
+def test_the_cut_of_the_regression():
+    """Two predictions that differ by 1e-4 in one direction: plain least squares uses it, the cut leaves it out."""
+    g = rng()
+    base, small, rest = torch.linalg.qr(torch.randn(60, 3, generator=g, dtype=torch.float64)).Q.T
+    cond = torch.stack([base, base + 1e-4 * small]).view(2, 30, 2)
+    uncond = torch.stack([0 * rest, base + 0.5 * small]).view(2, 30, 2)
+    # u_1 = base + 5000 (c_1 - c_0)
+    plain = LinearAG.fitted(cond, uncond, scale=2.0, replaced=(1,), rtol=0.0).weights[1]
+    torch.testing.assert_close(plain, torch.tensor([-4999.0, 5000.0, 0.0]).double())
+    cut = LinearAG.fitted(cond, uncond, scale=2.0, replaced=(1,)).weights[1]
+    torch.testing.assert_close(cut, torch.tensor([0.5, 0.5, 0.0]).double(), atol=1e-4, rtol=0)
+
+
 def test_estimates_are_remembered_as_predictions():
     """Steps 1 and 2 both estimated: the second builds on the first, on a Gaussian pair where both are exact."""
     truth, one = ring(1, radius=1.0, scale=1.0), ring(1, radius=3.0, scale=1.0)
@@ -130,11 +166,13 @@ def test_refusals():
     recorded = torch.zeros(3, 2, 3)
     for call, message in (
         (lambda: AdaptiveGuidance(2.0, threshold=1.1), "threshold: expected a number >= -1 and <= 1"),
+        (lambda: AdaptiveGuidance(2.0, threshold=torch.tensor(0.9)), "threshold: expected a number, got a tensor"),
         (lambda: AdaptiveGuidance(2.0)(cond, None, None), "uncond: expected a tensor"),
         (lambda: guidance_similarity(cond, cond, data_dims=3), "data_dims: expected a whole number"),
         (lambda: LinearAG(2.0, {2: torch.zeros(3)}), "weights: expected 2 step"),
         (lambda: LinearAG(2.0, {}, until=0), "until: expected a whole number"),
         (lambda: LinearAG(2.0, {})(cond, None, None), "uncond: expected a tensor"),
+        (lambda: LinearAG.fitted(recorded, recorded, scale=2.0, replaced=(1,), rtol=1.0), "rtol: expected a number"),
         (lambda: LinearAG.fitted(recorded, recorded, scale=2.0, replaced=(0,)), "replaced: expected a whole number"),
         (lambda: LinearAG.fitted(recorded, recorded[:2], scale=2.0, replaced=(1,)), "uncond: expected shape"),
     ):

@@ -89,6 +89,25 @@ def test_the_difference_is_limited_and_remembered():
     assert torch.equal(still, cond)
 
 
+def test_squares_that_overflow_in_half_precision():
+    """400 numbers of 20 have the length 400, whose square float16 does not hold; limited to 50 they are 2.5 each."""
+    cond = torch.zeros(1, 400, dtype=torch.float16)
+    guided, state = AdaptiveProjectedGuidance(2.0, radius=50.0)(cond, cond - 20, None)
+    assert guided.dtype is torch.float16
+    torch.testing.assert_close(guided, torch.full_like(guided, 2.5))
+    assert torch.equal(state, torch.full_like(state, 20.0))
+
+
+def test_gradients_where_both_predictions_agree():
+    """There guided = cond + 3 P (cond - uncond), P dropping what is parallel to (2, 0)."""
+    cond = torch.tensor([[2.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    uncond = cond.detach().clone().requires_grad_()
+    guided, _ = AdaptiveProjectedGuidance(4.0)(cond, uncond, None)
+    by_cond, by_uncond = torch.autograd.grad(guided.sum(), (cond, uncond))
+    assert by_cond.tolist() == [[1.0, 4.0]]
+    assert by_uncond.tolist() == [[0.0, -3.0]]
+
+
 def test_on_a_ring_it_does_not_push_outwards():
     """Classes at radius 4: what tells them from the rest is mostly their direction from the origin."""
     truth, x = ring(8, scale=0.7), 80 * torch.randn(400, 2, generator=rng(), dtype=torch.float64)

@@ -89,10 +89,18 @@ def test_the_attention_loss_by_hand():
     assert torch.autograd.gradcheck(lambda a: cross_attention_mask_loss(a, masks), (attention.requires_grad_(),))
 
 
-def test_a_diffusers_network():
+def test_a_map_of_zeros_has_an_ordinary_gradient():
+    """Its largest value is replaced by 1, so that the slope is 2 (0 - mask) / pixels."""
+    attention = torch.zeros(1, 2, 2, requires_grad=True)
+    mask = torch.tensor([[[1.0, 0.0], [0.5, 1.0]]])
+    cross_attention_mask_loss(attention, mask).backward()
+    torch.testing.assert_close(attention.grad, -2 * mask / 4)
+
+
+def small_unet():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         norm_num_groups=4,
@@ -102,6 +110,10 @@ def test_a_diffusers_network():
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
+
+
+def test_a_diffusers_network():
+    unet = small_unet()
     x, noise = torch.randn(2, 2, 4, 8, 8, generator=rng()).unbind()
     t, prompt = torch.tensor([10, 500]), torch.randn(2, 5, 12, generator=rng(1), requires_grad=True)
     expected = unet(x, t, prompt).sample
@@ -125,6 +137,42 @@ def test_a_diffusers_network():
     assert prompt.grad.isfinite().all()
 
 
+def test_checkpointing_changes_neither_maps_nor_gradients():
+    """Three rounds; what the backward pass computes again must not be taken for layers of the next."""
+    x, prompt = torch.randn(3, 2, 4, 8, 8, generator=rng()), torch.randn(2, 5, 12, generator=rng(1))
+    mask, found = torch.eye(8).expand(2, 5, 8, 8), []
+    for checkpointed in (False, True):
+        unet, recorder = small_unet().train(), CrossAttentionRecorder()
+        unet.set_attn_processor(recorder)
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+        rounds = []
+        for scene in x:
+            asked = prompt.clone().requires_grad_()
+            noise = unet(scene, 10, asked).sample
+            maps = recorder.maps((8, 8))
+            assert recorder._seen == {}
+            (noise.square().mean() + cross_attention_mask_loss(maps, mask).mean()).backward()
+            rounds.append((maps.detach(), asked.grad))
+        found.append(rounds)
+        layers = len(recorder._seen)
+        assert layers == (4 if checkpointed else 0)  # computed again, or this test shows nothing
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_passes_without_a_look_take_no_more_memory():
+    unet, recorder = small_unet(), CrossAttentionRecorder()
+    unet.set_attn_processor(recorder)
+    x, prompt = torch.randn(3, 1, 4, 8, 8, generator=rng()), torch.randn(1, 5, 12, generator=rng(1))
+    with torch.no_grad():
+        for scene in x:
+            unet(scene, 10, prompt)
+        held, last = len(recorder._seen), recorder.maps((8, 8))
+        unet(x[-1], 10, prompt)
+    assert held == 4  # cross-attentions: one downwards, one in the middle, two upwards
+    torch.testing.assert_close(last, recorder.maps((8, 8)))
+
+
 def test_the_recorder_averages_heads_and_layers():
     diffusers = pytest.importorskip("diffusers.models.attention_processor")
     torch.manual_seed(0)
@@ -145,6 +193,8 @@ def test_refusals():
     picture, mask = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4)
     for call, message in (
         (lambda: union_sampling(mask[:0]), "masks: expected at least one concept"),
+        (lambda: union_sampling(mask, 5), "shape: expected a tuple of whole numbers, got 5"),
+        (lambda: union_sampling(mask, (2, -1)), "shape: expected a whole number >= 0"),
         (lambda: union_sampling(mask[0]), "masks: expected 3 dimensions"),
         (lambda: masked_diffusion_loss(picture, picture[:1], mask=mask), "target: expected shape"),
         (lambda: masked_diffusion_loss(picture, picture, mask=mask[:1]), "mask: expected shape"),

@@ -73,6 +73,15 @@ def test_the_denoiser_is_the_guidance_on_noise():
     plain = branches[1](x, 1.6) + 2 * (branches[0](x, 1.6) - branches[1](x, 1.6))
     torch.testing.assert_close(denoise(x, 1.6), plain)
     assert calls == [1.7]
+    torch.testing.assert_close(denoise(x, torch.tensor(sigma, dtype=torch.float64)), x - sigma * noise)
+
+
+def test_at_no_noise_nothing_is_pushed():
+    branches = [lambda x, sigma, k=k: x + k for k in range(3)]
+    denoise = AnonymizingDenoiser(*branches, scale=2.0, repulsion=1.0)
+    assert denoise(torch.zeros(2, 1), 0.0).flatten().tolist() == [-1, -1]  # 1 + 2 (0 - 1)
+    with pytest.raises(ValueError, match=r"sigma: expected one noise level for all, got shape \(2,\)"):
+        denoise(torch.zeros(2, 1), torch.tensor([1.0, 2.0]))
 
 
 def test_tokens_of_people():
@@ -156,6 +165,9 @@ def test_refusals():
         (lambda: AttributeTokens(3, 4, tokens=0), "tokens: expected a whole number >= 1"),
         (lambda: module(torch.zeros(2, 2, 4)), "attributes: expected to end in 3"),
         (lambda: decoupled_attention(four, four, four, four[..., :2]), "value: expected shape"),
+        (lambda: decoupled_attention(four, four, four[..., :2], four[..., :2]), "key: expected shape"),
+        (lambda: decoupled_attention(four, four, four.repeat(1, 2, 1, 1), four), "key: expected shape"),
+        (lambda: decoupled_attention(four, four, four.repeat(2, 1, 1, 1), four), "key: expected shape"),
         (lambda: decoupled_attention(four, four, four, four, present=who.bool()), "present: expected bool"),
         (lambda: reidentification_rate(x, who[:1], x, who), "identity: expected shape"),
         (lambda: reidentification_rate(x[:0], who[:0], x, who), "embeddings: expected"),

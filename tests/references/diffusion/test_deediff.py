@@ -45,6 +45,16 @@ def test_its_parts_by_themselves():
     torch.testing.assert_close(even - plain, (predictions - target).square().mean((0, 2)))
 
 
+def test_without_any_certainty_layers_weigh_the_same():
+    predictions, certainty, target = case((5, 3))
+    certainty = torch.zeros_like(certainty, requires_grad=True)
+    plain = deediff_loss(predictions, certainty, target, certainty_weight=0.0, layer_weight=0.0)
+    found = deediff_loss(predictions, certainty, target, certainty_weight=0.0)
+    torch.testing.assert_close(found - plain, (predictions - target).square().mean((0, 2)))
+    found.sum().backward()
+    assert certainty.grad.isfinite().all()
+
+
 def test_replicas_are_weighted_apart():
     predictions, certainty, target = case((2, 6, 3))
     found = deediff_loss(predictions, certainty, target, batch_dims=2)
@@ -83,6 +93,20 @@ def test_the_head_is_a_sigmoid_that_leaves_features_alone():
     assert time.grad is None
     assert weight.grad.abs().min() > 0
     assert set(head.state_dict()) == {"linear.weight", "linear.bias"}
+
+
+@pytest.mark.parametrize("tokens", [7, 5])
+def test_one_time_for_all_tokens_of_a_sample(tokens):
+    """Five samples: with as many tokens, too, the times are still the samples'."""
+    head = UncertaintyExitHead(4, 3, time_features=2).double()
+    h = torch.randn(5, tokens, 4, generator=rng(), dtype=torch.float64)
+    time = torch.randn(5, 2, generator=rng(1), dtype=torch.float64)
+    found = head(h, time)
+    for sample in range(5):
+        for token in range(tokens):
+            both = torch.cat([h[sample, token], time[sample]])
+            torch.testing.assert_close(found[sample, token], head.linear(both).sigmoid())
+    torch.testing.assert_close(head(h, time[0]), head(h, time[:1]))
 
 
 STAIRS = torch.tensor(  # certainty of 3 samples after each of 4 blocks
@@ -165,6 +189,10 @@ def test_refusals():
         (lambda: UncertaintyExitHead(0, 1), "features: expected a whole number >= 1"),
         (lambda: UncertaintyExitHead(4, 1)(h, h), "time: expected 0 features"),
         (lambda: UncertaintyExitHead(4, 1, time_features=2)(h), "time: expected 2 features, got None"),
+        (
+            lambda: UncertaintyExitHead(4, 1, time_features=2)(torch.zeros(5, 7, 4), torch.zeros(7, 2)),
+            r"time: expected leading dimensions of \(5, 7\)",
+        ),
         (lambda: deediff_loss(target, certainty, target), "predictions: expected"),
         (lambda: deediff_loss(predictions, certainty[:2], target), "certainty: expected shape"),
         (lambda: deediff_loss(predictions, certainty, target, layer_weight=-1.0), "layer_weight: expected a number"),

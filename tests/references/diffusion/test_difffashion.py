@@ -134,6 +134,30 @@ def test_the_sampler_as_a_variance_preserving_loop():
     torch.testing.assert_close(found, x)
 
 
+def test_defaults_are_those_of_the_official_loop():
+    """It counts t from 119 down, repeats the first 10 times, pastes at 84 to 118 and moves away while t > 100."""
+    evaluated, pasted, changing = [], [], []
+    source, reference = pictures(2)
+
+    class Watched(StructureAppearanceLoss):
+        def __call__(self, x, clean, previous=None):
+            changing.append(previous is not None)
+            return super().__call__(x, clean, previous)
+
+    def denoise(x, sigma):
+        evaluated.append(round(sigma) - 1)
+        if len(evaluated) > 10:  # with a mask of nothing a paste leaves the source, plus noise, everywhere
+            pasted.append((x - source).square().mean().sqrt().item() < 2 * sigma)
+        return 0 * x + 1e6
+
+    loss = Watched(features, source, reference, torch.zeros(2, 1, 2, 3), **alone())
+    structure_appearance_guidance(denoise, loss, torch.arange(120.0, -1, -1).double(), generator=rng())
+    assert evaluated == [119] * 9 + list(range(119, -1, -1))
+    assert [t for t, seen in zip(evaluated, changing) if seen] == [119] * 9 + list(range(119, 100, -1))
+    after_steps = list(range(119, 0, -1))  # what a step leaves, the next one sees
+    assert [t for t, seen in zip(after_steps, pasted, strict=True) if seen] == list(range(118, 83, -1))
+
+
 def test_without_weights_it_is_plain_sampling_and_without_a_mask_nothing_is_pasted():
     source, reference = pictures(2)
     sigmas = torch.tensor([2.0, 1.0, 0.0])

@@ -88,6 +88,29 @@ def test_a_constant_ancestor_cancels():
         assert found.round().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
+def test_a_dead_group_stays_and_lives_on():
+    """All weights 0 at the first step: the second is as if it were the first; a dead particle never goes on."""
+    x = torch.arange(4.0).double().view(4, 1)
+    table = {4.0: [-torch.inf] * 4, 2.0: [-torch.inf, 0.0, 0.0, -torch.inf], 1.0: [0.0, 0.0, -torch.inf, -torch.inf]}
+    seen = []
+
+    def potential(x, sigma):
+        seen.append(x)
+        return torch.tensor(table[sigma], dtype=x.dtype)
+
+    sampler = ParticleFilterSampler(potential, particles=2, at=(0, 1, 2))
+    found = sampler(lambda x, sigma: x, x, torch.tensor([4.0, 2.0, 1.0, 0.5]), generator=rng())
+    after = seen[1]  # nobody was replaced: each with noise of its own
+    assert (after - x).unique().numel() == 4
+    assert ((seen[2] - after[[1, 1, 2, 2]]) / 2).abs().max() < 4
+    assert found.isfinite().all()
+    noise = seen[1] - x
+    again = torch.Generator()
+    again.manual_seed(0)
+    torch.multinomial(torch.full((2, 2), 0.5).double(), 2, True, generator=again)
+    torch.testing.assert_close(noise, 4 * torch.randn(4, 1, generator=again, dtype=torch.float64))
+
+
 def test_the_best_of_each_group():
     x = torch.randn(2, 6, 3, generator=rng(), dtype=torch.float64)
 
@@ -148,6 +171,15 @@ def test_objects_by_the_rule_of_bayes():
     torch.testing.assert_close(never_missed, torch.zeros(2).double())
 
 
+def test_objects_that_are_certain_or_certainly_missing():
+    log_prob = torch.tensor([[-torch.inf], [-200.0], [-1.0], [0.0]])
+    assert object_log_ratio(log_prob, detected=torch.ones(1)).tolist() == [0.0] * 4  # r = 0
+    found = object_log_ratio(log_prob, detected=torch.zeros(1), prior=0.5)  # r = 1 / 2
+    p = math.exp(-1)
+    expected = [-math.inf, -200 + math.log(2), math.log(p / (p + (1 - p) / 2)), 0.0]
+    assert found.tolist() == pytest.approx(expected)
+
+
 def test_refusals():
     x, sigmas = torch.zeros(5, 2), torch.tensor([1.0, 0.5])
     for call, message in (
@@ -155,6 +187,14 @@ def test_refusals():
         (lambda: ParticleFilterSampler(exact, particles=2, at=(-1,)), "at: expected a whole number >= 0"),
         (lambda: ParticleFilterSampler(exact, particles=2, at=(), churn=-1.0), "churn: expected a number >= 0"),
         (lambda: ParticleFilterSampler(exact, particles=2, at=())(MODEL.denoise, x, sigmas), "x: expected a batch in"),
+        (
+            lambda: ParticleFilterSampler(exact, particles=5, at=(0, 1))(MODEL.denoise, x, sigmas),
+            "at: expected steps from 0 to 0",
+        ),
+        (
+            lambda: ParticleFilterSampler(lambda x, s: x[:, :1], particles=5, at=(0,))(MODEL.denoise, x, sigmas),
+            "log_potential: expected shape",
+        ),
         (lambda: object_log_ratio(x, detected=torch.ones(3)), "detected: expected shape"),
         (lambda: object_log_ratio(x, detected=torch.ones(2), prior=1.0), "prior: expected a number > 0 and < 1"),
         (lambda: multinomial_resample(torch.tensor([1, 2])), "log_weights: expected a floating-point"),

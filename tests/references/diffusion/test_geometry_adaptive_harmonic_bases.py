@@ -114,6 +114,54 @@ def test_the_norm_is_a_batch_norm_that_takes_no_mean():
     assert set(BiasFreeConv2d(2, 3, norm=False).state_dict()) == {"weight"}
 
 
+def test_the_norm_under_autocast_and_in_half_precision():
+    conv, twin = BiasFreeConv2d(2, 3, momentum=0.3), BiasFreeConv2d(2, 3, momentum=0.3)
+    twin.load_state_dict(conv.state_dict())
+    x = torch.randn(4, 2, 6, 6, generator=rng())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = conv(x)
+        found.float().square().sum().backward()
+    assert found.dtype is torch.bfloat16
+    assert conv.weight.grad.isfinite().all()
+    torch.testing.assert_close(found.float(), twin(x), atol=0.03, rtol=0.03)
+    assert conv.running_sd.dtype is torch.float32
+    torch.testing.assert_close(conv.running_sd, twin.running_sd, atol=0.003, rtol=0)
+
+
+def test_half_precision_zeros_and_chunks():
+    matrix = torch.tensor([[0.5, 0.25], [0.25, 0.5]], dtype=torch.bfloat16)
+    y = torch.tensor([[1.0, 2.0], [0.0, 4.0]], dtype=torch.bfloat16)
+    basis = denoiser_jacobian_basis(lambda x, s: x @ matrix, y, 2.0)
+    assert basis.values.dtype is torch.float32
+    torch.testing.assert_close(basis.values, torch.tensor([[0.75, 0.25]] * 2))
+    assert basis.expected_error.tolist() == [4.0, 4.0]
+    assert basis.net_bias.abs().max() == 0
+    nothing = denoiser_jacobian_basis(lambda x, s: 0 * x, y.float(), 2.0)
+    assert nothing.asymmetry.tolist() == [0.0, 0.0]
+    x, calls = torch.randn(2, 1, 5, 5, generator=rng(), dtype=torch.float64), []
+
+    class Square(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x.square()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, slope):
+            calls.append(1)
+            (x,) = ctx.saved_tensors
+            return 2 * x * slope
+
+    found = denoiser_jacobian_basis(lambda x, s: Square.apply(x), x, 1.0, chunk_size=10)
+    assert len(calls) == 3  # 25 in tens
+    torch.testing.assert_close(found.values, 2 * x.flatten(1).sort(descending=True).values)
+
+
 def test_one_density_gives_one_sample_and_copies_are_found():
     """Two exact denoisers of the same mixture agree to the last digit; of single points, each returns its point."""
     truth, g = mixture(), rng(3)
@@ -156,6 +204,7 @@ def test_refusals():
             lambda: score_convergence_test(None, None, x, sigmas, pools=(x, x[:, :2]), generator=rng()),
             r"pools: expected \(N, 3\)",
         ),
+        (lambda: denoiser_jacobian_basis(truth.denoise, x, 1.0, chunk_size=0), "chunk_size: expected a whole number"),
         (lambda: BiasFreeConv2d(1, 1, 2), "kernel_size: expected an odd number"),
         (lambda: BiasFreeConv2d(1, 0), "out_channels: expected a whole number"),
         (lambda: BiasFreeConv2d(1, 1, momentum=1.5), "momentum: expected a number"),

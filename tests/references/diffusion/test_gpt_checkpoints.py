@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lossary.diffusion import CheckpointDiffusion, CheckpointTransformer, ParameterTokenizer, permute_hidden_units
-from lossary.diffusion._process import cosine, variance_preserving
+from lossary.diffusion._process import cosine, flow, variance_preserving
 from lossary.diffusion._samplers import ancestral
 
 SIZES = (3, 5, 4, 2)
@@ -122,6 +122,26 @@ def test_with_exact_predictions_updates_have_the_right_law(sampler):
     found = CheckpointDiffusion(net, scale=scale).sample(theta, 0 * prompt, prompt, steps=200, generator=rng(), **named)
     torch.testing.assert_close(found.mean(0), theta[0] + 0.3, atol=0.03, rtol=0)
     torch.testing.assert_close(found.std(0), torch.full((2,), spread, dtype=torch.float64), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("process", [variance_preserving(), cosine(), flow()])
+def test_processes_that_end_in_noise_alone_are_sampled_in_single_precision(process):
+    """theta* ~ N(theta + prompt, 0.4^2) again; at time 1 sigma / alpha would be huge or infinite."""
+    scale = torch.tensor([[[2.0]], [[0.5]]])  # of two replicas
+
+    def net(x, t, theta, loss, prompt):
+        alpha, sigma = process.alpha(t)[..., None], process.sigma(t)[..., None]
+        mean, variance = theta + scale * prompt[..., None], (0.4 * scale) ** 2
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        return mean + gain * (x - alpha * mean) - theta
+
+    theta, prompt = torch.tensor([1.0, -2.0]).expand(2, 2000, -1), torch.full((2, 2000), 0.3)
+    model = CheckpointDiffusion(net, scale=scale, process=process)
+    found = model.sample(theta, 0 * prompt, prompt, steps=200, generator=[rng(), rng(1)])
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.mean(1), (theta + 0.3)[:, 0], atol=0.04, rtol=0)
+    torch.testing.assert_close(found.std(1), torch.full((2, 2), 0.4), atol=0.03, rtol=0)
+    assert torch.equal(model.state_dict()["scale"], scale)
 
 
 def test_training_finds_the_way_down():

@@ -61,6 +61,9 @@ def test_classes_are_quantiles():
     # a score that is itself a quantile belongs to the class below, as in the official code
     assert minority_classes(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), levels=4).tolist() == [0, 0, 1, 2, 3]
     assert minority_classes(torch.zeros(5), levels=3).tolist() == [0] * 5
+    for dtype in (torch.bfloat16, torch.float16):
+        low = minority_classes(torch.arange(8, dtype=dtype), levels=4)
+        assert low.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 9.0])

@@ -153,3 +153,7 @@ def test_refusals():
             call()
     with SkipTuning([(unet.deep, 2)]), pytest.raises(ValueError, match="input: expected more than 2 channels"):
         unet.deep(x)
+    with SkipTuning([(unet.deep, 2)]), pytest.raises(ValueError, match="input: expected as the module's first pos"):
+        unet.deep(input=torch.zeros(1, 5, 1, 1))
+    with pytest.raises(ValueError, match=r"between\[0\]: expected a number < 0.5"):
+        SkipTuning([(unet.deep, 2)]).denoiser(lambda x, sigma: unet(x), between=(2.0, 0.5))

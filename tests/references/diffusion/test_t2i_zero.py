@@ -14,14 +14,15 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def by_hand(f, concepts, window, threshold, strength):
+def by_hand(f, concepts, window, threshold, strength, per_dimension=False):
     """The algorithm on lists, one number at a time."""
     n, d = len(f), len(f[0])
     out = [row[:] for row in f]
     for c in concepts:
         alike = [[f[c][k] * f[i][k] for k in range(d)] for i in range(n)]
-        top = max(max(row) for row in alike)
+        tops = [max(row[k] for row in alike) for k in range(d)]
         for k in range(d):
+            top = tops[k] if per_dimension else max(tops)
             total = 0.0
             for i in range(n):
                 if abs(i - c) <= window and alike[i][k] > threshold * top:
@@ -30,16 +31,33 @@ def by_hand(f, concepts, window, threshold, strength):
     return out
 
 
+@pytest.mark.parametrize("per_dimension", [False, True])
 @pytest.mark.parametrize(("window", "threshold", "strength"), [(2, 0.1, 0.5), (0, 0.0, 1.0), (9, 0.4, 0.3)])
-def test_correction_by_hand(window, threshold, strength):
+def test_correction_by_hand(window, threshold, strength, per_dimension):
     f = torch.randn(6, 5, generator=rng(), dtype=torch.float64)
-    hyper = {"window": window, "threshold": threshold, "strength": strength}
+    hyper = {"window": window, "threshold": threshold, "strength": strength, "per_dimension": per_dimension}
     found = correct_by_similarities(f, [1, 5, 2], **hyper)
     torch.testing.assert_close(found, torch.tensor(by_hand(f.tolist(), [1, 5, 2], **hyper), dtype=torch.float64))
     pair = torch.stack([f, -3 * f.flip(0)])
     batched = correct_by_similarities(pair, [1, 5, 2], **hyper)
     torch.testing.assert_close(batched[0], found)
     torch.testing.assert_close(batched[1], correct_by_similarities(pair[1], [1, 5, 2], **hyper))
+
+
+def test_a_massive_dimension_hides_all_others_unless_each_has_a_largest_of_its_own():
+    """Seven tokens with 30 in dimension 0, as CLIP's last states have it, and the rest of ordinary size."""
+    f = torch.randn(7, 5, generator=rng(), dtype=torch.float64)
+    f[:, 0] = 30
+    hidden = correct_by_similarities(f, [3])[3]
+    assert hidden[0].item() == pytest.approx(90)  # (1 - 0.5) 30 + 0.5 * 5 * 30
+    torch.testing.assert_close(hidden[1:], 0.5 * f[3, 1:])
+    seen = correct_by_similarities(f, [3], per_dimension=True)[3]
+    without = correct_by_similarities(f[:, 1:], [3], per_dimension=True)[3]
+    torch.testing.assert_close(seen[1:], without)
+    assert ((without - 0.5 * f[3, 1:]).abs() > 0.01).all()
+    assert seen[0].item() == pytest.approx(90)  # shared by all: still added up
+    alone = correct_by_similarities(f, [3], per_dimension=True, window=0)[3]
+    assert alone[0].item() == pytest.approx(30)
 
 
 def test_what_stays():
@@ -136,6 +154,14 @@ def test_refusals():
         (lambda: cross_token_nms(a, [0, 1], sigma=0.0), "sigma: expected a number > 0"),
         (lambda: cross_token_nms(a, [0, 1], shared=True), "attention: expected at least 4 dimensions"),
         (lambda: CrossTokenNMSAttnProcessor([0], aspect=0.0), "aspect: expected a number > 0"),
+        (lambda: correct_by_similarities(f, [2, 2]), r"concepts: expected no position twice, got \[2, 2\]"),
+        (lambda: cross_token_nms(a, [1, 1]), r"concepts: expected no position twice, got \[1, 1\]"),
+        (lambda: cross_token_nms(a, [0, 1], kernel=3.0), "kernel: expected a whole number, got 3.0"),
+        (lambda: cross_token_nms(a, [0, 1], kernel=-1), "kernel: expected a whole number >= 1"),
+        (lambda: CrossTokenNMSAttnProcessor([1, 1]), "concepts: expected no position twice"),
+        (lambda: CrossTokenNMSAttnProcessor([-1]), "concepts: expected a whole number >= 0"),
+        (lambda: CrossTokenNMSAttnProcessor([0, 1], kernel=4), "kernel: expected an odd whole number"),
+        (lambda: CrossTokenNMSAttnProcessor([0, 1], sigma=-1.0), "sigma: expected a number > 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -1,7 +1,9 @@
 """Adaptive guidance: how near to full classifier-free guidance, for how many evaluations?
 
 Four classes of four Gaussians each, at random places in eight dimensions, which overlap: denoisers with and without the
-class are exact. Full guidance takes 20 steps of DPM-Solver++ and 40 evaluations. The threshold is the paper's.
+class are exact. Full guidance takes 20 steps of DPM-Solver++ and 40 evaluations. The threshold is the paper's. The
+claim on the regression is registered anew: in its first run, by plain least squares, weights of opposite sign
+multiplied each other's errors, and it ended some hundred thousand times as far away as the baseline.
 """
 
 import math
@@ -138,7 +140,8 @@ class _Repeating:
     kind="ratio",
     metric="relative error",
     margin=0.5,
-    scale="distance to full guidance, 5 of 20 steps estimated, fitted on 20 runs; exact denoisers in 8-D",
+    scale="distance to full guidance, 5 of 20 steps estimated, fitted on 20 runs; exact denoisers in 8-D; singular"
+    " values cut at 1e-3; plain least squares diverges",
 )
 def regression_beats_repetition(seeds: Seeds) -> Arms:
     ours, theirs = [], []

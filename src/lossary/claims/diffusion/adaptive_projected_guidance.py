@@ -2,7 +2,8 @@
 
 Four classes of four Gaussians each, at random places in eight dimensions, which overlap: denoisers with and without the
 class are exact, so whatever goes wrong is the guidance's. The baseline may rescale classifier-free guidance to the
-spread of the conditional prediction, the remedy that pipelines offer.
+spread of the conditional prediction, the remedy that pipelines offer. The third claim is registered anew after its
+first result was seen, which was saturated: both arms were recognised almost always, so its classes lie nearer now.
 """
 
 import torch
@@ -38,8 +39,8 @@ OURS = [{"momentum": b, "radius": r} for b in (-0.5, -0.75) for r in (2.5, None)
 THEIRS = [{"share": share} for share in (0.0, 0.3, 0.7, 1.0)]
 
 
-def _places(g: Generator) -> Tensor:
-    return 0.8 * torch.randn(CLASSES * MODES, DIMENSION, generator=g, dtype=torch.float64)
+def _places(g: Generator, apart: float = 0.8) -> Tensor:
+    return apart * torch.randn(CLASSES * MODES, DIMENSION, generator=g, dtype=torch.float64)
 
 
 def _samples(guidance: Guidance | None, means: Tensor, n: int, g: Generator) -> Tensor:
@@ -50,11 +51,11 @@ def _samples(guidance: Guidance | None, means: Tensor, n: int, g: Generator) -> 
     return euler(denoise, x, karras_sigmas(32))
 
 
-def _measured(seeds: Seeds, guidance: Guidance) -> dict[str, list[float]]:
+def _measured(seeds: Seeds, guidance: Guidance, apart: float) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"distance": [], "accuracy": [], "modes": []}
     n = seeds.few(1000, smoke=20)
     for where, start, true in zip(seeds.torch("places"), seeds.torch("start"), seeds.torch("true")):
-        means = _places(where)
+        means = _places(where, apart)
         x = _samples(guidance, means, n, start)
         truth, _ = Mixture(means[:MODES], 0.4).sample(n, generator=true)
         found["distance"].append(sliced_wasserstein(x, truth).item())
@@ -67,14 +68,14 @@ def _measured(seeds: Seeds, guidance: Guidance) -> dict[str, list[float]]:
     return found
 
 
-def _compare(seeds: Seeds, what: str) -> Arms:
+def _compare(seeds: Seeds, what: str, *, apart: float = 0.8) -> Arms:
     """Settings are those of the least distance, whatever is reported."""
 
     def ours(seeds: Seeds, what: str = "distance", **setting) -> list[float]:
-        return _measured(seeds, _projected(**setting))[what]
+        return _measured(seeds, _projected(**setting), apart)[what]
 
     def theirs(seeds: Seeds, what: str = "distance", **setting) -> list[float]:
-        return _measured(seeds, _rescaled(**setting))[what]
+        return _measured(seeds, _rescaled(**setting), apart)[what]
 
     best = [tune(score, grid, seeds, better="lower") for score, grid in ((ours, OURS), (theirs, THEIRS))]
     return Arms(ours(seeds, what, **best[0]), theirs(seeds, what, **best[1]), {"method": best[0], "baseline": best[1]})
@@ -105,10 +106,11 @@ def projected_keeps_the_modes(seeds: Seeds) -> Arms:
     says="They are as often recognised as their class",
     kind="noninferiority",
     metric="accuracy",
-    scale="exact denoisers of 4 classes of 4 Gaussians in 8-D, 32 Euler steps; settings of the first claim",
+    scale="exact denoisers of 4 classes of 4 Gaussians in 8-D, centres 0.5, not 0.8, apart; 32 Euler steps; 4 settings"
+    " each, by the least distance there",
 )
 def projected_is_as_obedient(seeds: Seeds) -> Arms:
-    return _compare(seeds, "accuracy")
+    return _compare(seeds, "accuracy", apart=0.5)
 
 
 def draw(seeds: Seeds) -> list[Panel]:

@@ -3,6 +3,11 @@
 A small diffusion transformer with cross-attention to words is trained once on 12x12 pictures in colour, with one to
 three of 16 objects, each a word, before a plain background. A seed then gets one picture of three objects that have no
 word, with their masks. A sample is right if it holds what its prompt asks for, and of the three nothing else.
+
+Registered anew: in the first form, of which masked DreamBooth has a verdict that reverses, the second phase kept the
+fast rate of the words and the moments of Adam. The paper's code starts a new optimizer there, with one low rate for
+words and weights, and so does this one. What was known is now drawn from a stream of its own, so that both arms see
+the same noise on the picture.
 """
 
 import math
@@ -185,15 +190,21 @@ class _Extracted(nn.Module):
 def _extracted(
     seeds: Seeds, *, fast: float, slow: float, attention: float = 0.01, phases: int = 2, union: bool = True
 ) -> _Extracted:
-    """Three new words from one picture: the embeddings alone at rate `fast`, then all; or all from the start."""
+    """Three new words from one picture.
+
+    In two phases the words alone at rate `fast`, then all at `slow` with a new optimizer, half of the steps each. In
+    one phase all steps train all, the words at `fast` and the weights at `slow`.
+    """
     model, steps, batch = _Extracted(seeds), seeds.few(40, smoke=1), 8
     _, pictures, masks = _tasks(seeds)
-    streams, subsets = seeds.torch("extraction"), seeds.torch("subsets")
-    groups = [{"params": [model.concepts], "lr": fast}, {"params": list(model.weights), "lr": slow}]
-    optimizer = torch.optim.Adam(groups)
+    streams, subsets, priors = (seeds.torch(name) for name in ("extraction", "subsets", "prior"))
+    weights = {"params": list(model.weights), "lr": slow}
+    optimizer = torch.optim.Adam([{"params": [model.concepts], "lr": fast}, weights])
     for step in range(2 * steps):
         whole = step >= steps or phases == 1
         model.weights.requires_grad_(whole)
+        if step == steps and phases == 2:
+            optimizer = torch.optim.Adam([{"params": [model.concepts], "lr": slow}, weights])
         if union:
             chosen = torch.stack([union_sampling(m, (batch,), generator=g)[0] for m, g in zip(masks, subsets)])
         else:
@@ -207,9 +218,9 @@ def _extracted(
         values = masked_diffusion_loss(found, x, mask=within)
         values = values + attention * cross_attention_mask_loss(maps, each, chosen=chosen)
         if whole:  # what the painter knew
-            known = [_known(batch, g) for g in streams]
+            known = [_known(batch, g) for g in priors]
             x, words, present = (torch.stack(column) for column in zip(*known))
-            x_t, t = _noised(x, streams)
+            x_t, t = _noised(x, priors)
             values = values + (model(x_t, t, model.painter.words(words), present)[0] - x).square().mean((-3, -2, -1))
         optimizer.zero_grad()
         values.mean(-1).sum().backward()
@@ -262,7 +273,8 @@ def _compare(seeds: Seeds, without: dict[str, object], prompts: slice = slice(No
     says="Two phases and the attention loss extract three concepts from a picture better than masked DreamBooth",
     kind="superiority",
     metric="accuracy",
-    scale="right samples of 7 prompts; 12x12 pictures, 56k weights, 80 steps of 8; 3 pairs of rates each",
+    scale="right samples of 7 prompts; 12x12 pictures, 56k weights, 80 steps of 8, the method's weights trained"
+    " in 40 of them, DreamBooth's in all; 3 pairs of rates each",
 )
 def beats_masked_dreambooth(seeds: Seeds) -> Arms:
     return _compare(seeds, {"attention": 0.0, "phases": 1})

@@ -1,7 +1,9 @@
 """Checkpoint diffusion: one sampled update against gradient descent, and does it follow the prompt?
 
 The runs are 2-8-1 perceptrons on 64 points of two moons, other points for each seed; starts that are updated were
-not among them. The diffusion's network is a perceptron, stacked over the seeds.
+not among them. The diffusion's network is a perceptron, stacked over the seeds. All claims are registered anew after
+their first results were seen: learning rates had not been bracketed, one was not tuned, the parameters' scale was
+pooled over the seeds, and sampling began at time 1, not 0.999.
 """
 
 import math
@@ -20,6 +22,7 @@ SIZES = (2, 8, 1)
 COUNT = 33
 SAVED = (0, 1, 2, 4, 7, 11, 16, 23, 32, 44, 60, 80)  # steps of Adam
 LEVELS = (0.1, 0.25, 0.4, 0.55)  # asked for below 0.65, in nats
+RATES = (0.0003, 0.001)
 
 
 def _moons(seeds: Seeds) -> tuple[Tensor, Tensor]:
@@ -85,7 +88,7 @@ class _Network(nn.Module):
 
 def _trained(seeds: Seeds, *, lr: float, permute: bool = True) -> CheckpointDiffusion:
     checkpoints, losses = _runs(seeds)
-    model = CheckpointDiffusion(_Network(seeds), scale=0.538 / checkpoints.std().item())
+    model = CheckpointDiffusion(_Network(seeds), scale=0.538 / checkpoints.std((1, 2, 3)).view(-1, 1, 1))
     steps, batch = seeds.few(600, smoke=2), 64
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -128,7 +131,7 @@ def _descended(seeds: Seeds, *, lr: float, steps: int) -> list[float]:
     return _losses(theta, seeds).mean(-1).tolist()
 
 
-SAMPLED = [{"lr": lr, "prompt": prompt} for lr in (0.001, 0.003) for prompt in (0.0, 0.05)]
+SAMPLED = [{"lr": lr, "prompt": prompt} for lr in RATES for prompt in (0.0, 0.05)]
 
 
 @claim(
@@ -151,11 +154,14 @@ def one_update_beats_ten_gradient_steps(seeds: Seeds) -> Arms:
     kind="trend",
     metric="log-loss",
     levels=(0.1, 0.25, 0.4, 0.55),
-    scale="prompts 0.65 less the level; 2-8-1 on two moons, 100 runs; diffusion MLP of 128, 600 steps, DDIM 50",
+    scale="prompts 0.65 less the level; 2-8-1 on two moons, 100 runs; diffusion MLP of 128, 600 steps, DDIM 50; 2"
+    " rates, tuned at prompt 0",
 )
 def prompts_are_followed(seeds: Seeds) -> Arms:
-    model = _trained(seeds, lr=0.003)
-    return Arms(torch.stack([_updated(model, seeds, 0.65 - level).mean(-1) for level in LEVELS], dim=1).tolist())
+    best = tune(_sampled, [{"lr": lr, "prompt": 0.0} for lr in RATES], seeds, better="lower")
+    model = _trained(seeds, lr=best["lr"])
+    rows = torch.stack([_updated(model, seeds, 0.65 - level).mean(-1) for level in LEVELS], dim=1)
+    return Arms(rows.tolist(), details={"lr": best["lr"]})
 
 
 @claim(
@@ -165,7 +171,7 @@ def prompts_are_followed(seeds: Seeds) -> Arms:
     scale="prompt 0; 2-8-1 on two moons, 100 runs of 12 checkpoints; diffusion MLP of 128, 600 steps, DDIM 50; 2 rates",
 )
 def permuted_units_help(seeds: Seeds) -> Arms:
-    grids = [[{"lr": lr, "prompt": 0.0, "permute": permute} for lr in (0.001, 0.003)] for permute in (True, False)]
+    grids = [[{"lr": lr, "prompt": 0.0, "permute": permute} for lr in RATES] for permute in (True, False)]
     ours, theirs = (tune(_sampled, grid, seeds, better="lower") for grid in grids)
     return Arms(_sampled(seeds, **ours), _sampled(seeds, **theirs), {"method": ours, "baseline": theirs})
 
@@ -173,7 +179,7 @@ def permuted_units_help(seeds: Seeds) -> Arms:
 def draw(seeds: Seeds) -> list[Panel]:
     """What one network says before and after updates with two prompts."""
     one = seeds.one(0)
-    model, theta = _trained(one, lr=0.003), _starts(one, 1, "unseen")
+    model, theta = _trained(one, lr=RATES[-1]), _starts(one, 1, "unseen")
     x, _ = _moons(one)
     axis = torch.linspace(-1.5, 2.5, 60), torch.linspace(1.5, -1.0, 40)
     grid = torch.cartesian_prod(axis[1], axis[0]).flip(1).unsqueeze(0)
