@@ -295,8 +295,9 @@ def _signature(node: Any) -> str:
     if isinstance(node, ast.ClassDef):
         made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         if not made:
-            fields = [ast.unparse(n.target) for n in node.body if isinstance(n, ast.AnnAssign)]
-            return f"{node.name}({', '.join(fields)})"
+            fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+            shown = ("*" if ast.unparse(n.annotation) == "KW_ONLY" else ast.unparse(n.target) for n in fields)
+            return f"{node.name}({', '.join(shown)})"
         arguments = ast.parse(ast.unparse(made[0])).body[0].args  # type: ignore[attr-defined]
         arguments.args = arguments.args[1:]
     else:

@@ -11,7 +11,16 @@ from lossary.diffusion import _discrete as discrete
 from lossary.diffusion import _samplers as samplers
 from lossary.diffusion._chain import MarkovChain, random_chain
 from lossary.diffusion._denoiser import Counted, Denoiser, denoising_error, from_clean, score_of, to_clean
-from lossary.diffusion._distil import ScoreDistillation, log_uniform, pushed
+from lossary.diffusion._distil import (
+    Frozen,
+    OneStepGenerator,
+    ScoreDistillation,
+    conditions,
+    falling,
+    karras_levels,
+    log_uniform,
+    pushed,
+)
 from lossary.diffusion._guidance import Guided, classifier_free
 from lossary.diffusion._mixture import Mixture, ring
 from lossary.diffusion._process import (
@@ -25,6 +34,7 @@ from lossary.diffusion._process import (
     variance_exploding,
     variance_preserving,
 )
+from lossary.roles.procedure import advance
 
 PROCESSES = {
     "variance preserving": variance_preserving(),
@@ -83,6 +93,7 @@ def test_a_table_is_met_at_its_steps():
     torch.testing.assert_close(process.alpha(steps) ** 2, alphas[steps.long()])
     torch.testing.assert_close(process.sigma(steps) ** 2, 1 - alphas[steps.long()])
     torch.testing.assert_close(process.time(process.ratio(steps)), steps)
+    torch.testing.assert_close(process.time(process.ratio(steps[[0, -1]]) * torch.tensor([0.5, 2.0])), steps[[0, -1]])
     with pytest.raises(ValueError, match="alphas_cumprod"):
         tabulated(alphas.flip(0))
 
@@ -268,6 +279,20 @@ def test_guidance_starts_anew_with_each_sample():
     assert (conditional.evaluations, unconditional.evaluations) == (12, 4)
 
 
+def test_guidance_starts_anew_with_runs_of_one_evaluation_and_where_the_level_rises():
+    seen = []
+
+    def remembers(cond, uncond, state):
+        seen.append(state)
+        return cond, (state or 0) + 1
+
+    truth, x = mixture(), torch.randn(4, 3, generator=rng())
+    guided = Guided(remembers, truth.denoise, truth.denoise)
+    for level in (10.0, 10.0, torch.tensor([10.0, 3.0, 10.0, 1.0]), 5.0, 5.0, 2.0, 4.0, 3.0, 10.0, 7.0, 7.0):
+        guided(x, level)
+    assert seen == [None, None, None, 1, 2, 3, None, 1, None, 1, 2]
+
+
 def test_classifier_free_guidance_is_linear():
     cond, uncond = torch.randn(2, 5, 3, generator=rng()).unbind()
     torch.testing.assert_close(classifier_free(0.0)(cond, uncond, None)[0], uncond)
@@ -374,11 +399,15 @@ def test_rare_tokens_are_drawn_in_double_precision():
 # Distillation
 
 
-def test_a_push_is_the_gradient():
-    x = torch.randn(5, 3, generator=rng()).requires_grad_()
-    push = torch.randn(5, 3, generator=rng(1))
-    pushed(x, push).sum().backward()
-    torch.testing.assert_close(x.grad, push)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_push_is_the_gradient_in_any_precision(dtype):
+    """A push of a thousandth of x would vanish in bfloat16 next to it."""
+    x = torch.randn(50, 3, generator=rng()).to(dtype).requires_grad_()
+    push = (1e-3 * torch.randn(50, 3, generator=rng(1))).to(dtype)
+    values = pushed(x, push)
+    torch.testing.assert_close(values, push.square() / 2)
+    values.sum().backward()
+    assert torch.equal(x.grad, push)
 
 
 def test_a_generator_of_gaussians_learns_the_teacher():
@@ -424,6 +453,77 @@ def test_the_teacher_stays_as_it_is():
     assert procedure.turns(0) == ("fake", "generator")
     with pytest.raises(ValueError, match="fake"):
         ScoreDistillation(nn.Linear(2, 2), None, GAUSS.denoise, levels=log_uniform(0.1, 5.0))
+
+
+def test_a_frozen_copy_neither_drops_nor_counts():
+    """Dropout of a teacher stays off and its BatchNorm still, while generator and fake network train."""
+
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+
+        def forward(self, x, *sigma):
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    teacher = Layers()
+    procedure = ScoreDistillation(Layers(), None, teacher, levels=log_uniform(0.1, 5.0)).train()
+    assert {m.training for m in procedure.teacher.modules()} == {False}
+    assert {m.training for part in (procedure.fake, procedure.generator) for m in part.modules()} == {True}
+    assert teacher.training
+    assert teacher.layers[0].weight.requires_grad
+    before = {name: value.clone() for name, value in procedure.state_dict().items()}
+    optimizers = {n: torch.optim.SGD(p.parameters(), lr=0.1) for n, p in procedure.players().items()}
+    x = torch.randn(8, 2, generator=rng())
+    told = procedure.teacher(x, 1.0)
+    advance(procedure, {"latent": x}, optimizers, step=0, generator=rng())
+    assert torch.equal(procedure.teacher(x, 1.0), told)
+    still = {name for name, value in procedure.state_dict().items() if torch.equal(value, before[name])}
+    assert still >= {name for name in before if name.startswith("teacher")}
+    assert not {name for name in still if "running" in name and not name.startswith("teacher")}
+    assert not torch.equal(Frozen(teacher).train()(x), teacher(x))
+
+
+def test_levels_are_those_of_karras():
+    grid = samplers.karras_sigmas(1001)[:-1]
+    found = karras_levels()((200_000,), rng()).double()
+    assert found.min() >= grid[-1]
+    assert found.max() <= grid[200] * (1 + 1e-6)
+    for share in (0.25, 0.5, 0.75):  # of a range cut at 0.8
+        assert found.quantile(share).item() == pytest.approx(grid[1000 - round(800 * share)].item(), rel=0.03)
+    stacked = karras_levels(0.1, 1.0, first=0.5, last=1.0)((2, 9), [rng(3), rng(4)])
+    alone = karras_levels(0.1, 1.0, first=0.5, last=1.0)((9,), rng(4))
+    torch.testing.assert_close(stacked[1], alone)
+    assert stacked.min() > ((0.1 ** (1 / 7) + 1) / 2) ** 7 - 1e-6
+
+
+def test_it_starts_as_a_step_of_the_denoiser():
+    latent = torch.randn(5, 2, generator=rng(), dtype=torch.float64)
+    found = OneStepGenerator(GAUSS.denoise, sigma=3.0)(latent)
+    torch.testing.assert_close(found, GAUSS.denoise(3 * latent, 3.0))
+    conditional = OneStepGenerator(lambda x, sigma, c: x + sigma * c)(latent, torch.ones(5, 1))
+    torch.testing.assert_close(conditional, 2.5 * latent + 2.5)
+
+
+def test_distillation_refuses():
+    x = torch.zeros(2, 2)
+    made = ScoreDistillation(nn.Linear(2, 2), nn.Linear(2, 2), GAUSS.denoise, levels=log_uniform(0.1, 5.0))
+    for call, message in (
+        (lambda: karras_levels(2.0, 1.0), "high: expected a number > 2"),
+        (lambda: karras_levels(first=0.9), "last: expected a number > 0.9"),
+        (lambda: OneStepGenerator(None, sigma=0.0), "sigma: expected a number > 0"),
+        (lambda: ScoreDistillation(x, x, x, levels=None, fake_steps=-1), "fake_steps: expected a whole number >= 0"),
+        (lambda: ScoreDistillation(x, x, x, levels=None, fake_steps=1.5), "fake_steps: expected a whole number"),
+        (lambda: made.objective("fake", {"real": x}, step=0), "batch: expected 'latent', got 'real'"),
+        (lambda: made.objective("fake", {}, step=0), "batch: expected 'latent', got nothing"),
+        (lambda: conditions({"condition": x}, "real_condition"), "batch: expected 'real_condition' beside 'condition'"),
+        (lambda: falling("steps", (1.0, 1.0)), "steps: expected falling levels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert conditions({}, "real_condition") == conditions({}) == []
+    assert falling("steps", [3, 1]) == (3.0, 1.0)
 
 
 def test_a_ring_is_a_ring():

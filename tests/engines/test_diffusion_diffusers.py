@@ -369,6 +369,62 @@ def test_a_sampler_of_ones_own():
     assert "half_way" in repr(scheduler)
 
 
+@torch.no_grad()
+def quiet(denoise, x, sigmas, *, generator=None):
+    """Euler that must never run with gradients."""
+
+    def checked(x, sigma):
+        clean = denoise(x, sigma)
+        assert not torch.is_grad_enabled()
+        return clean
+
+    return samplers.euler(checked, x, sigmas)
+
+
+@pytest.mark.parametrize("sampler", ["euler", quiet])
+@pytest.mark.parametrize("grad", [True, False])
+def test_steps_leave_the_grad_mode_alone(sampler, grad):
+    scheduler = DiffusersScheduler(sampler)
+    scheduler.set_timesteps(3)
+    with torch.set_grad_enabled(grad):
+        x = draw(*SHAPE)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+            assert torch.is_grad_enabled() == grad
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("end", ["set_timesteps", "deletion", "error"])
+def test_an_abandoned_run_leaves_the_grad_mode_alone(grad, end):
+    """The run began in the other mode, which `torch.no_grad` comes back to when it is ended."""
+    scheduler = DiffusersScheduler(quiet)
+    scheduler.set_timesteps(3)
+    with torch.set_grad_enabled(not grad):
+        x = scheduler.step(draw(*SHAPE), scheduler.timesteps[0], draw(*SHAPE)).prev_sample
+    with torch.set_grad_enabled(grad):
+        if end == "set_timesteps":
+            scheduler.set_timesteps(3)
+        elif end == "deletion":
+            del scheduler
+        else:
+            with pytest.raises(RuntimeError):
+                scheduler.step(draw(2, 4, 3, 3), scheduler.timesteps[1], x)
+        assert torch.is_grad_enabled() == grad
+
+
+def test_gradients_of_the_last_steps_alone():
+    """The caller's mode may change between steps: x_3 = x_2 + (sigma_3 - sigma_2) output for a network of noise."""
+    scheduler = DiffusersScheduler("euler")
+    scheduler.set_timesteps(3)
+    x, shift = draw(*SHAPE), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    for i, t in enumerate(scheduler.timesteps):
+        with torch.set_grad_enabled(i == 2):
+            x = scheduler.step(torch.tanh(x) + shift, t, x).prev_sample
+    x.sum().backward()
+    sigmas = schedule(3)[0]
+    assert shift.grad.item() == pytest.approx(-x.numel() * sigmas[2].item())
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="sampler: expected one of 'euler'"):
         DiffusersScheduler("eulr")
@@ -574,6 +630,36 @@ def test_a_step_of_training_with_one_of_our_losses():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     optimizer.step()
     assert objective() < 0.99 * before
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("betas", ["linear", "squaredcos_cap_v2"])
+def test_a_schedule_that_ends_in_pure_noise(kind, betas):
+    """x_0 = alpha x_t - sigma v at the last timestep, where alpha is all but 0; elsewhere the table holds."""
+    settings = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "beta_schedule": betas}
+    scheduler, seen = getattr(diffusers, kind)(**settings), []
+
+    class Network(nn.Module):
+        dtype = torch.float64
+
+        def forward(self, x, t, return_dict):
+            seen.append(t)
+            return (torch.tanh(x),)
+
+    x, denoise = draw(*SHAPE), DiffusersDenoiser(Network(), scheduler)
+    found = denoise(1e6 * x, 1e6)
+    assert seen[0].tolist() == [999.0] * 2
+    alpha = denoise.process.alpha(torch.tensor(999.0, dtype=torch.float64)).item()
+    before = scheduler.alphas_cumprod[998].item()  # of linear betas it is 4e-9
+    assert alpha**2 == pytest.approx(2**-24 if betas == "squaredcos_cap_v2" else before / 2)
+    x_t = alpha * 1e6 * x
+    torch.testing.assert_close(found, alpha * x_t - (1 - alpha**2) ** 0.5 * torch.tanh(x_t))
+    alphas = scheduler.alphas_cumprod[700].double()
+    found = denoise(x, ((1 - alphas) / alphas).sqrt())
+    torch.testing.assert_close(found, alphas * x - (1 - alphas).sqrt() * torch.tanh(alphas.sqrt() * x))
+    assert seen[1].tolist() == pytest.approx([700.0] * 2)
+    guider = DiffusersGuider(classifier_free(3.0), scheduler)
+    assert guider.process.alpha(torch.tensor(999.0)) > 0
 
 
 def test_half_precision_models_get_their_timestep_whole():

@@ -47,7 +47,10 @@ def _trained(scheduler: SchedulerMixin) -> tuple[Process, Callable[[Any, Any], t
         last = config.num_train_timesteps
         process = Process(lambda t: 1 - t / last, lambda t: t / last, lambda ratio: last * ratio / (1 + ratio))
     elif hasattr(scheduler, "alphas_cumprod"):
-        process = tabulated(scheduler.alphas_cumprod)
+        table = scheduler.alphas_cumprod.double()
+        if config.get("rescale_betas_zero_snr"):  # the last one is 0, or 2^-24 in the solvers of diffusers
+            table = torch.cat([table[:-1], (table[-2:-1] / 2).clamp(max=2**-24)])
+        process = tabulated(table)
     else:
         raise ValueError(f"scheduler: expected one with alphas_cumprod or of a flow, got {type(scheduler).__name__}")
     prediction = config.get("prediction_type", "flow_prediction")
@@ -80,8 +83,8 @@ class DiffusersScheduler(DPMSolverMultistepScheduler):
 
     Args:
         sampler: "euler", "heun", "ancestral", "dpm_solver_pp", "sde", "predictor_corrector", or any
-            s(denoise, x, sigmas, *, generator) that calls the network at levels out of sigmas, whatever x. Only names
-            can be saved and loaded.
+            s(denoise, x, sigmas, *, generator) that calls the network at levels out of sigmas, whatever x. It may
+            switch gradients off for itself, but not enter `torch.inference_mode`. Only names can be saved and loaded.
     """
 
     @register_to_config
@@ -160,19 +163,39 @@ class DiffusersScheduler(DPMSolverMultistepScheduler):
         return SchedulerOutput(prev_sample=self._given) if return_dict else (self._given,)
 
     def _start(self, i: int, sample: Tensor, generator: Generator | None) -> None:
-        """Let the sampler run from the level of call i until it makes that call."""
+        """Let the sampler run from the level of call i until it makes that call.
+
+        Whether gradients are recorded is up to the thread, not the greenlet: each side finds its own setting again.
+        """
         plan = iter([self._levels[place] for place in self._calls[i:]])
+        sampler, outside = self._sampler, torch.is_grad_enabled()
 
         def denoise(x: Tensor, sigma: Any) -> Tensor:
+            nonlocal outside
             if float(sigma) != next(plan, None):
                 raise ValueError("sampler: expected noise levels that do not depend on x")
-            return getcurrent().parent.switch(x)
+            inside = torch.is_grad_enabled()
+            changed = inside != outside
+            torch.set_grad_enabled(outside)
+            try:
+                clean = getcurrent().parent.switch(x)
+            finally:  # an abandoned run is ended here, whenever that is
+                outside = torch.is_grad_enabled()
+            if changed:
+                torch.set_grad_enabled(inside)
+            return clean
+
+        def sample_all(x: Tensor, sigmas: Tensor) -> Tensor:
+            try:
+                return sampler(denoise, x, sigmas, generator=generator)
+            finally:
+                torch.set_grad_enabled(outside)
 
         x = sample.to(torch.promote_types(sample.dtype, torch.float32)) / self._alphas[i]
         if isinstance(generator, Generator) and generator.device.type != x.device.type:
             seed = torch.randint(2**62, (), generator=generator, device=generator.device)
             generator = Generator(x.device).manual_seed(int(seed))
-        self._run = greenlet(functools.partial(self._sampler, denoise, generator=generator))
+        self._run = greenlet(sample_all)
         self._x = self._run.switch(x, torch.tensor(self._levels[self._calls[i] :], dtype=torch.float64))
 
 
@@ -237,7 +260,9 @@ class DiffusersGuider(ClassifierFreeGuidance):
 class DiffusersDenoiser(nn.Module):
     """A model of diffusers as denoise(x, sigma, *conditions), for our losses and samplers.
 
-    It is called as model(x_t, t, *conditions), x_t in its own dtype; the arithmetic around it is that of x.
+    It is called as model(x_t, t, *conditions), x_t in its own dtype; the arithmetic around it is that of x. Levels
+    above the highest that it was trained at go to the last timestep. Where that one is pure noise (alpha 0), it counts
+    as alpha^2 = 2^-24, a level of 4096, or as half the alpha^2 before it where that is less.
 
     Args:
         model: a `UNet2DModel`, `UNet2DConditionModel`, `DiTTransformer2DModel` or the like. Where it predicts a

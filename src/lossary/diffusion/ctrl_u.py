@@ -47,8 +47,11 @@ def reading_disagreement(
 ) -> Tensor:
     """U: KL(second || first) of class probabilities in nats, or |first - second| of numbers.
 
+    A class that the second reading rules out counts 0; U is infinite where the first rules out one that it does not.
+
     Args:
-        first, second: what the reward model reads off two estimates: logits, classes last, or numbers.
+        first, second: what the reward model reads off two estimates: logits, classes last, or numbers. A logit may be
+            -inf.
         on: which of these; "classes" drops the last dimension.
 
     Raises:
@@ -63,7 +66,9 @@ def reading_disagreement(
     if on == "real":
         return (first - second).abs()
     log_q = second.log_softmax(-1)
-    return (log_q.exp() * (log_q - first.log_softmax(-1))).sum(-1)
+    q = log_q.exp()
+    gap = (log_q - first.log_softmax(-1)).masked_fill(q == 0, 0.0)  # -inf - -inf is not a number
+    return (q * gap).sum(-1)
 
 
 def uncertainty_aware_reward_loss(
@@ -115,7 +120,8 @@ class CtrlULoss(nn.Module):
 
     Args:
         reward: frozen; estimates of clean data (*replicas, batch, ...) to logits, classes last, or numbers.
-        threshold: largest sigma at which the reward counts; 400 of 1000 steps of Stable Diffusion is 1.2.
+        threshold: largest sigma at which the reward counts; 400 of 1000 steps of Stable Diffusion is 1.2. The first
+            level decides alone: a second estimate from above it is read all the same.
         on: see `uncertainty_aware_reward_loss`.
         weight: mu, of reward and uncertainty.
         penalty, trust: see there.
@@ -175,16 +181,18 @@ class CtrlULoss(nn.Module):
         require.same_shape("clean", clean, (*sigma.shape, *clean.shape[sigma.ndim :]))
         require.same_shape("noise", noise, tuple(clean.shape))
         dims, errors, readings = sigma.ndim, [], []
+        counts = sigma <= self.threshold  # elsewhere nothing that the reward says, infinite or not, may get through
         for level in (sigma, other):
             found = denoise(clean + over(level, clean) * noise, level, *conditions)
             errors.append((found - clean).square().flatten(dims).mean(-1) / level.square())
-            readings.append(self.reward(found))
+            reading = self.reward(found.where(over(counts, found), clean))
+            readings.append(reading.where(over(counts, reading), 0.0))
         values = uncertainty_aware_reward_loss(
             readings[0], target, other=readings[1], on=self.on, penalty=self.penalty, trust=self.trust
         )
         if values.ndim > dims:  # over the elements that have a condition
             known = (target >= 0).to(values) if self.on == "classes" else torch.ones_like(values)
             values = values.flatten(dims).sum(-1) / known.flatten(dims).sum(-1).clamp(min=1)
-        counts = (sigma <= self.threshold).to(values)
-        share = counts / counts.mean(-1, keepdim=True).clamp(min=1 / counts.shape[-1])
+        part = counts.to(values)
+        share = part / part.mean(-1, keepdim=True).clamp(min=1 / part.shape[-1])
         return (errors[0] + errors[1]) / 2 + self.weight * share * values

@@ -41,8 +41,9 @@ PAPER = Paper(
 
 Frames = Literal["candidates", "query"]
 
-Relevance = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""model(x_t (*batch, C), t (*batch), query, candidates) -> clean relevances (*batch, C)."""
+Relevance = Callable[..., Tensor]
+"""model(x_t (*batch, C), t (*batch), query, candidates), with a mask behind where one is given, -> clean relevances
+(*batch, C)."""
 
 _FIRST = 0.99  # time from which samples start
 
@@ -128,6 +129,7 @@ def relevance_diffusion_loss(
     query: Float[Tensor, "..."],
     candidates: Float[Tensor, "..."],
     *,
+    mask: Bool[Tensor, "..."] | None = None,
     batch: int = 1,
     negative: float = 0.0,
     temperature: float = 100.0,
@@ -142,10 +144,11 @@ def relevance_diffusion_loss(
         model: `RetrievalDiffusion`.
         query: *batch in front.
         candidates: (*batch, C, ...), the relevant one at 0, then hard negatives.
+        mask: for the model, True for frames that count.
         batch: number of leading dimensions.
         negative: relevance of the others, 0 or -1 in the official code.
         temperature: 100 in the official code.
-        process: of the noise; None is `cosine()`.
+        process: of the noise, its time from 0 to 1; None is `cosine()`.
         generator: of times and noise; a sequence has one for each replica.
 
     Raises:
@@ -164,7 +167,8 @@ def relevance_diffusion_loss(
     clean = candidates.new_full(candidates.shape[: batch + 1], negative)
     clean[..., 0] = 1.0
     t = noise(clean[..., 0], generator, kind=torch.rand)
-    found = model(process.noised(clean, noise(clean, generator), t), t, query, candidates)
+    inputs = (query, candidates) if mask is None else (query, candidates, mask)
+    found = model(process.noised(clean, noise(clean, generator), t), t, *inputs)
     return -(temperature * found).log_softmax(-1)[..., 0]
 
 
@@ -175,6 +179,7 @@ def diffusion_rerank(
     query: Float[Tensor, "..."],
     items: Float[Tensor, "..."],
     *,
+    mask: Bool[Tensor, "..."] | None = None,
     top: int = 32,
     alpha: float = 1.0,
     steps: int = 50,
@@ -188,11 +193,13 @@ def diffusion_rerank(
         model: `RetrievalDiffusion`.
         similarity: cosines of the first stage.
         query: (*replicas, B, ...), items: (*replicas, N, ...), embeddings or sequences of them, for the model.
+        mask: True for frames that count, (*replicas, N, frames) of items or, where query has more dimensions than
+            those, (*replicas, B, frames) of queries; handed on to the model for its candidates.
         top: candidates that are reranked; all where there are fewer.
         alpha: weight of the relevances.
         steps: of DDIM, from noise, predictions cut to -1..1.
         draws: of which the mean is taken; 1 in the paper.
-        process: as in training.
+        process: as in training, its time from 0 to 1.
         generator: of the noise; a sequence has one for each replica.
 
     Raises:
@@ -213,13 +220,17 @@ def diffusion_rerank(
             raise ValueError(f"{name}: expected {wanted} in front, got {tuple(tensor.shape)}")
     process = process or cosine()
     chosen = similarity.topk(min(top, count), dim=-1).indices
-    flat = items.flatten(len(lead) + 1)
-    index = chosen.flatten(-2).unsqueeze(-1).expand(*lead, -1, flat.shape[-1])
-    candidates = flat.gather(-2, index).reshape(*chosen.shape, *items.shape[len(lead) + 1 :])
+    inputs = [query, _taken(items, chosen)]
+    if mask is not None:
+        of_query = query.ndim > items.ndim
+        wanted = tuple((query if of_query else items).shape[:-1])
+        if tuple(mask.shape) != wanted or mask.ndim < similarity.ndim:
+            raise ValueError(f"mask: expected sequences and shape {wanted}, got {tuple(mask.shape)}")
+        inputs.append(mask if of_query else _taken(mask, chosen))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         t = process.time(torch.full_like(x[..., 0], sigma))
-        return model(over(process.alpha(t), x) * x, t, query, candidates).clamp(-1, 1)
+        return model(over(process.alpha(t), x) * x, t, *inputs).clamp(-1, 1)
 
     sigmas, total = process_sigmas(process, steps, first=_FIRST), torch.zeros_like(similarity)
     blank = similarity.new_zeros(chosen.shape)
@@ -227,3 +238,11 @@ def diffusion_rerank(
         found = euler(denoise, sigmas[0].item() * noise(blank, generator), sigmas)
         total = total.scatter_add(-1, chosen, F.softmax(found, dim=-1))
     return similarity + alpha / draws * total
+
+
+def _taken(items: Tensor, chosen: Tensor) -> Tensor:
+    """For each query the chosen ones of its replica's items: (*replicas, B, C, ...)."""
+    lead = chosen.ndim - 2
+    flat = items.flatten(lead + 1)
+    index = chosen.flatten(-2).unsqueeze(-1).expand(*chosen.shape[:lead], -1, flat.shape[-1])
+    return flat.gather(-2, index).reshape(*chosen.shape, *items.shape[lead + 1 :])

@@ -62,7 +62,7 @@ def optimal_target_assignment(
 
     Args:
         probabilities: of the classes for each sample, by a frozen classifier.
-        distribution: the shares that are asked for, which sum to 1.
+        distribution: the shares that are asked for, >= 0; they are divided by their sum.
         draws: of label sets; two classes need none.
         generator: of those; CPU.
 
@@ -70,7 +70,7 @@ def optimal_target_assignment(
         Target, and the chance that a random label set gives the sample another class, 0 to about 1/2 for two classes.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, shares below 0 or none above it.
 
     >>> p = torch.tensor([[0.3, 0.7], [0.1, 0.9], [0.2, 0.8], [0.0, 1.0]])
     >>> optimal_target_assignment(p, torch.tensor([0.5, 0.5]))
@@ -79,11 +79,12 @@ def optimal_target_assignment(
     require.floating("probabilities", probabilities, at_least_dims=2)
     require.same_shape("distribution", distribution, tuple(probabilities.shape[-1:]))
     with torch.no_grad():
+        shares = _shares(distribution)
         if probabilities.shape[-1] == 2:
-            return _by_rank(probabilities[..., 1], distribution[0])
+            return _by_rank(probabilities[..., 1], shares[0])
         samples = probabilities.flatten(0, -3) if probabilities.ndim > 2 else probabilities[None]
         corners = torch.eye(probabilities.shape[-1], dtype=torch.float64)
-        plans = [_mean_plan(p, corners, distribution, draws, generator) for p in samples]
+        plans = [_mean_plan(p, corners, shares, draws, generator) for p in samples]
         plan = torch.stack(plans).view(probabilities.shape) if plans else torch.zeros_like(probabilities)
         most = plan.to(probabilities).max(-1)
         return most.indices, 1 - most.values
@@ -103,11 +104,11 @@ def joint_target_assignment(
 
     Args:
         probabilities: (N, K_a) for each attribute a.
-        distribution: (K_1, ..., K_m), sums to 1.
+        distribution: (K_1, ..., K_m), >= 0, divided by its sum.
         draws, generator: of label sets.
 
     Raises:
-        ValueError: no attribute, or shapes that do not fit.
+        ValueError: no attribute, shapes that do not fit, shares below 0 or none above it.
 
     >>> sure = torch.eye(2)
     >>> joint_target_assignment([sure, sure], torch.eye(2) / 2)[1][0]
@@ -127,7 +128,8 @@ def joint_target_assignment(
         ]
     )
     with torch.no_grad():
-        plan = _mean_plan(torch.cat(list(probabilities), dim=1), corners, distribution.flatten(), draws, generator)
+        shares = _shares(distribution).flatten()
+        plan = _mean_plan(torch.cat(list(probabilities), dim=1), corners, shares, draws, generator)
         plan = plan.to(probabilities[0]).view(-1, *shape)
         found = []
         for a in range(len(shape)):
@@ -135,6 +137,15 @@ def joint_target_assignment(
             most = (plan.sum(others) if others else plan).max(-1)
             found.append((most.indices, 1 - most.values))
     return found
+
+
+def _shares(distribution: Tensor) -> Tensor:
+    """Of sum 1, in double precision."""
+    shares = distribution.double()
+    total = shares.sum()
+    if not bool((shares >= 0).all() & (total > 0) & total.isfinite()):
+        raise ValueError("distribution: expected finite shares >= 0, at least one of them above 0")
+    return shares / total
 
 
 def _by_rank(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +157,7 @@ def _by_rank(p: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     ways = total - (count + 1).lgamma() - (n - count + 1).lgamma()
     r = share.to(ways)
     below = (ways + torch.xlogy(count, r) + torch.xlogy(n - count, 1 - r)).exp().cumsum(0)  # P(Bin(n, r) <= k)
-    target = (rank >= n * r).long()
+    target = (rank >= n * r - 1e-6 * n).long()  # as a float32 share times n may lie just above a whole number
     chance = below[rank]
     return target, torch.where(target == 1, 1 - chance, chance).clamp(0, 1).to(p.dtype)
 
@@ -159,7 +170,7 @@ def _mean_plan(samples: Tensor, corners: Tensor, share: Tensor, draws: int, gene
     n, found = len(samples), torch.zeros(len(samples) * len(corners), dtype=torch.float64)
     if n:
         cost = torch.cdist(samples.detach().cpu().double(), corners).numpy()
-        labels = torch.multinomial(share.detach().cpu().double(), draws * n, replacement=True, generator=generator)
+        labels = torch.multinomial(share.cpu(), draws * n, replacement=True, generator=generator)
         matched = [row[linear_sum_assignment(cost[:, row])[1]] for row in labels.view(draws, n).numpy()]
         cells = torch.from_numpy(np.stack(matched)) + len(corners) * torch.arange(n)
         found = torch.bincount(cells.flatten(), minlength=len(found)) / draws

@@ -139,13 +139,14 @@ def decompose_preference(
     Args:
         image: embeddings, brought to unit norm here.
         text: t, of unit norm or means of such, see `segment_mean`; no gradient goes through them.
-        common: a mean of texts, of any norm, such as over the batches of all devices; None is that of this batch.
+        common: a mean of texts, of any norm, such as over the batches of all devices; None is that of this batch,
+            which takes at least two: of one text alone nothing would be relevant.
 
     Returns:
         Text-relevant <t - (t.v) v, x>, and text-irrelevant (t.v) (v.x).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, or fewer than two texts without `common`.
 
     >>> text = torch.tensor([[0.8, 0.6], [0.8, -0.6]])  # v is (1, 0)
     >>> decompose_preference(torch.tensor([[3.0, 4.0], [4.0, 3.0]]), text)
@@ -155,6 +156,8 @@ def decompose_preference(
     require.same_shape("text", text, tuple(image.shape))
     text = text.detach()
     if common is None:
+        if text.shape[-2] < 2:
+            raise ValueError(f"common: expected a mean of texts for a batch of {text.shape[-2]}, got None")
         common = text.mean(-2)
     require.same_shape("common", common, (*text.shape[:-2], text.shape[-1]))
     v = F.normalize(common.detach(), dim=-1).unsqueeze(-2)

@@ -9,6 +9,7 @@ means says too little.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +80,14 @@ def directional_distribution_consistency_loss(
 
 
 def phasic_content_weight(
-    t: Float[Tensor, "*batch"], *, boundary: float = 0.3, sharpness: float = 1000.0
+    t: Float[Tensor, "*batch"], *, boundary: float = 0.3, steepness: float = 1000.0
 ) -> Float[Tensor, "*batch"]:
-    """m(t) = sigmoid(sharpness (t - boundary)): how much of the content is seen, t from 0, data, to 1, noise.
+    """m(t) = sigmoid(steepness (t - boundary)): how much of the content is seen, t from 0, data, to 1, noise.
 
     Args:
         t: times.
         boundary: t_s between the phases.
-        sharpness: the paper's 1000 steps, which make it all but a jump.
+        steepness: the paper's 1000 steps, which make it all but a jump.
 
     Raises:
         ValueError: t not a floating-point tensor, or numbers out of range.
@@ -96,8 +97,8 @@ def phasic_content_weight(
     """
     require.floating("t", t)
     require.number("boundary", boundary, at_least=0.0, at_most=1.0)
-    require.number("sharpness", sharpness, above=0.0)
-    return torch.sigmoid(sharpness * (t - boundary))
+    require.number("steepness", steepness, above=0.0)
+    return torch.sigmoid(steepness * (t - boundary))
 
 
 class PhasicContentFusion(nn.Module):
@@ -107,7 +108,7 @@ class PhasicContentFusion(nn.Module):
         fuse: takes both side by side and gives features as wide as the network's; the official one has three 3x3
             convolutions with ReLU between.
         dim: along which they are joined, 1 for maps.
-        boundary, sharpness: see `phasic_content_weight`.
+        boundary, steepness: see `phasic_content_weight`.
 
     >>> fusion = PhasicContentFusion(lambda both: both[:, 2:], dim=1)
     >>> fusion(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1))
@@ -120,10 +121,10 @@ class PhasicContentFusion(nn.Module):
         *,
         dim: int = 1,
         boundary: float = 0.3,
-        sharpness: float = 1000.0,
+        steepness: float = 1000.0,
     ) -> None:
         super().__init__()
-        self.fuse, self.dim, self.boundary, self.sharpness = fuse, dim, boundary, sharpness
+        self.fuse, self.dim, self.boundary, self.steepness = fuse, dim, boundary, steepness
 
     def forward(
         self,
@@ -146,7 +147,7 @@ class PhasicContentFusion(nn.Module):
         """
         require.floating("features", features)
         require.same_shape("content", content, tuple(features.shape))
-        seen = over(phasic_content_weight(t, boundary=self.boundary, sharpness=self.sharpness), features)
+        seen = over(phasic_content_weight(t, boundary=self.boundary, steepness=self.steepness), features)
         content = content.detach()
         shown = seen * content + (1 - seen) * noise(content, generator)
         return self.fuse(torch.cat([features, shown], dim=self.dim))
@@ -176,7 +177,8 @@ def phasic_adaptation_loss(
     Args:
         denoise: denoise(x, sigma, content) and denoise(x, sigma), the network that is tuned.
         source, target: (*batch, ...); the few targets repeat.
-        t: 0 to 0.8 in the paper, half of them below the boundary.
+        t: 0 to 0.8 in the paper, half of them below the boundary. The noise is that of 0.001 for times below, as the
+            error of the noise cannot be told at 0.
         process: under which t is a time.
         encode: frozen; samples to features.
         consistency: of features made and source features, per sample, usually
@@ -201,7 +203,7 @@ def phasic_adaptation_loss(
     require.same_shape("target", target, tuple(source.shape))
     require.same_shape("t", t, tuple(source.shape[: t.ndim]))
     require.number("boundary", boundary, at_least=0.0, at_most=1.0)
-    sigma = process.ratio(t).to(source)
+    sigma = process.ratio(t.clamp(min=1e-3)).to(source)
     made = denoise(source + over(sigma, source) * noise(source, generator), sigma, source)
     far = consistency(encode(made), encode(source).detach())
     if style is not None:
@@ -277,7 +279,9 @@ def cross_domain_structure_guidance(
 
 
 def _resized(x: Tensor, factor: int) -> Tensor:
-    """Down and up again by antialiased cubic interpolation."""
+    """Down and up again by antialiased cubic interpolation, which takes no half precision on CPUs."""
     height, width = x.shape[-2:]
-    small = F.interpolate(x, size=(max(1, height // factor), max(1, width // factor)), mode="bicubic", antialias=True)
-    return F.interpolate(small, size=(height, width), mode="bicubic", antialias=True)
+    resize = partial(F.interpolate, mode="bicubic", antialias=True)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    small = resize(wide, size=(max(1, height // factor), max(1, width // factor)))
+    return resize(small, size=(height, width)).to(x.dtype)

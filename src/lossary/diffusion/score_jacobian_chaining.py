@@ -88,7 +88,7 @@ class ScoreJacobianChaining(nn.Module):
     """A loss on renders whose gradient is minus the weighted score, to be carried on to the scene by backward().
 
     Args:
-        denoise: frozen; guide it beforehand where a condition shall be stressed.
+        denoise: runs without gradient; guide it beforehand where a condition shall be stressed.
         levels: of the noise, see `log_uniform`.
         power: the score is weighted by sigma^power; 1 in the official code, 2 gives D(x + sigma n) - x.
         samples, antithetic: see `perturb_and_average_score`.
@@ -116,8 +116,6 @@ class ScoreJacobianChaining(nn.Module):
         super().__init__()
         require.number("power", power)
         require.whole("samples", samples, at_least=1)
-        if isinstance(denoise, nn.Module):
-            denoise.requires_grad_(False)
         self.denoise, self.levels = denoise, levels or log_uniform(0.05, 20.0)
         self.power, self.samples, self.antithetic = power, samples, antithetic
 
@@ -220,11 +218,11 @@ class VoxelRadianceField(nn.Module):
         """`colour` (*replicas, N, channels), `depth` (*replicas, N) and `weights` (*replicas, N, samples) of rays.
 
         Args:
-            origins: where rays begin.
+            origins: where rays begin, of the field's dtype.
             directions: whither, of any length but 0.
 
         Raises:
-            ValueError: rays of another number of axes or replicas.
+            ValueError: rays of another number of axes or replicas, or of another dtype.
         """
         axes, lead = self.density.ndim - 2, () if self.replicas is None else (self.replicas,)
         require.floating("origins", origins, dims=2 + len(lead))
@@ -232,6 +230,9 @@ class VoxelRadianceField(nn.Module):
             wanted = ", ".join([*map(str, lead), "N", str(axes)])
             raise ValueError(f"origins: expected ({wanted}), got {tuple(origins.shape)}")
         require.same_shape("directions", directions, tuple(origins.shape))
+        for name, rays in (("origins", origins), ("directions", directions)):
+            if rays.dtype != self.density.dtype:
+                raise ValueError(f"{name}: expected {self.density.dtype} as the field has it, got {rays.dtype}")
         start, way = (r if lead else r.unsqueeze(0) for r in (origins, F.normalize(directions, dim=-1)))
         slope = torch.where(way.abs() < 1e-9, 1e-9, way)
         walls = torch.stack([(-1 - start) / slope, (1 - start) / slope])

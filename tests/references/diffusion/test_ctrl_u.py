@@ -31,6 +31,20 @@ def test_disagreement_is_the_divergence_of_the_second_from_the_first():
     assert numbers.tolist() == [0.25, 2.0]
 
 
+def test_classes_that_a_reading_rules_out():
+    """Of three classes: neither allows the third; or only the second rules it out; or only the first."""
+    inf = math.inf
+    first, second = torch.tensor([[0.0, 0.0, -inf], [0.0, 0.0, 0.0]], dtype=torch.float64).requires_grad_().unbind()
+    assert reading_disagreement(first, first).item() == 0.0
+    assert reading_disagreement(second, first).item() == pytest.approx(math.log(3 / 2))
+    assert reading_disagreement(first, second).item() == inf
+    z = torch.tensor([[0.0, 1.0, -inf], [2.0, 0.0, -inf]], requires_grad=True)
+    reading_disagreement(z[0], z[1]).backward()
+    p, q = z[0, :2].detach().softmax(0), z[1, :2].detach().softmax(0)
+    torch.testing.assert_close(z.grad[0], torch.cat([p - q, torch.zeros(1)]))
+    assert z.grad.isfinite().all()
+
+
 def test_values_by_hand():
     """L = log 4 with p = (1/4, 3/4); U of (1/2, 1/2) from it is log 2 - log(3) / 2."""
     first, second = torch.tensor([[0.0, math.log(3)]]), torch.zeros(1, 2)
@@ -105,6 +119,36 @@ def test_the_whole_loss_by_hand():
     none = loss(world.denoise, clean, target, sigma + 1, sigma + 2, noise)
     plain = CtrlULoss(reward, threshold=1.0, weight=0.0)(world.denoise, clean, target, sigma + 1, sigma + 2, noise)
     torch.testing.assert_close(none, plain)
+
+
+@pytest.mark.parametrize("on", ["classes", "real"])
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_nothing_gets_through_from_above_the_threshold(on, wrong):
+    """A reward that breaks down on large estimates, as they are where noise is strong; other samples do not notice."""
+    clean, noise = torch.randn(2, 4, 3, generator=rng()).unbind()
+    target = torch.tensor([0, 1, 2, 0]) if on == "classes" else clean[:, 0]
+    sigma = torch.tensor([0.1, 50.0, 0.2, 60.0])
+
+    def reward(x, broken):
+        x = x * torch.where(x.abs() > 10, broken, 1.0)
+        return x if on == "classes" else x[:, 0]
+
+    found = []
+    for broken in (wrong, 0.0):
+        scale = torch.ones(3, requires_grad=True)
+        loss = CtrlULoss(lambda x, broken=broken: reward(x, broken), threshold=1.0, on=on, penalty=1.0)
+        values = loss(lambda x, s, scale=scale: scale * x, clean, target, sigma, 1.1 * sigma, noise)
+        found.append((values, *torch.autograd.grad(values.sum(), scale)))
+    for broken, sound in zip(*found):
+        assert broken.isfinite().all()
+        torch.testing.assert_close(broken, sound)
+
+
+def test_the_first_level_decides_alone():
+    clean, noise, level = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0.5, 2.0])
+    loss = CtrlULoss(lambda x: x, threshold=1.0, weight=1.0, penalty=1.0)
+    found = loss(lambda x, s: x, clean, torch.tensor([0, 0]), level, level.flip(0), noise)
+    assert found.tolist() == pytest.approx([1 + 2 * math.log(3), 1.0])  # one of two counts, twice
 
 
 def test_maps_are_averaged_over_what_is_known():

@@ -158,6 +158,40 @@ def test_only_the_top_moves_and_items_are_the_right_ones():
     assert (everything > similarity).all()
 
 
+@pytest.mark.parametrize("frames", ["candidates", "query"])
+def test_masked_frames_do_not_matter(frames):
+    """Two replicas; items or queries have three frames, the masked ones of which hold anything."""
+    g, net = rng(), network(frames=frames)
+    sequences, others = (torch.randn(*shape, generator=g).double() for shape in ((2, 7, 3, 6), (2, 5, 6)))
+    mask = torch.rand(2, 7, 3, generator=g) < 0.5
+    mask[..., 0] = True
+    changed = torch.where(mask[..., None], sequences, 100 * torch.randn(2, 7, 3, 6, generator=g).double())
+    if frames == "candidates":
+        table = torch.rand(2, 5, 7, generator=g).double()
+        inputs = [(others, items) for items in (sequences, changed)]
+    else:
+        table = torch.rand(2, 7, 5, generator=g).double()
+        inputs = [(queries, others) for queries in (sequences, changed)]
+    one, two = (
+        diffusion_rerank(net, table, *pair, mask=mask, top=4, steps=2, generator=[rng(1), rng(2)]) for pair in inputs
+    )
+    torch.testing.assert_close(one, two)
+    plain = diffusion_rerank(net, table, *inputs[0], top=4, steps=2, generator=[rng(1), rng(2)])
+    assert (one - plain).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"mask: expected sequences and shape \(2, 7, 3\)"):
+        diffusion_rerank(net, table, *inputs[0], mask=mask[:, :6])
+
+    lists = sequences[:, :4].unsqueeze(0) if frames == "candidates" else others[:, :4].unsqueeze(0)
+    queries = others[:, 0].unsqueeze(0) if frames == "candidates" else sequences[:, 0].unsqueeze(0)
+    kept = mask[None, :, :4] if frames == "candidates" else mask[None, :, 0]
+    whole = torch.ones_like(kept)
+    found, full, none = (
+        relevance_diffusion_loss(net, queries, lists, mask=m, batch=2, generator=[rng(3)]) for m in (kept, whole, None)
+    )
+    torch.testing.assert_close(full, none)
+    assert (found - full).abs().max() > 1e-4
+
+
 def test_predictions_are_cut():
     seen = []
 

@@ -59,6 +59,32 @@ def test_replicas_are_apart_and_ties_are_broken():
     assert optimal_target_assignment(torch.ones(2, 0, 3), torch.ones(3) / 3)[1].shape == (2, 0)
 
 
+@pytest.mark.parametrize(("share", "zeros"), [(0.1, 1), (0.3, 3), (0.7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_that_are_whole_numbers_of_samples(share, zeros, dtype):
+    """0.3 in float32 is above 0.3: three of ten, not four."""
+    p = torch.rand(10, generator=rng(4))
+    p = torch.stack([1 - p, p], dim=1)
+    target, _ = optimal_target_assignment(p, torch.tensor([share, 1 - share], dtype=dtype))
+    assert (target == 0).sum().item() == zeros
+    assert target.tolist() == (p[:, 1].argsort().argsort() >= zeros).long().tolist()
+
+
+def test_shares_are_divided_by_their_sum():
+    for p, shares in (
+        (torch.rand(6, 2, generator=rng()), [1.0, 1.0]),
+        (torch.rand(6, 3, generator=rng()), [2.0, 2, 1]),
+    ):
+        shares = torch.tensor(shares)
+        plain, scaled = (optimal_target_assignment(p, s, generator=rng()) for s in (shares / shares.sum(), 3 * shares))
+        assert torch.equal(plain[0], scaled[0])
+        torch.testing.assert_close(plain[1], scaled[1])
+    p = [torch.eye(2), torch.eye(2)]
+    plain, scaled = (joint_target_assignment(p, s * torch.eye(2), generator=rng())[0] for s in (0.5, 4.0))
+    assert torch.equal(plain[0], scaled[0])
+    torch.testing.assert_close(plain[1], scaled[1])
+
+
 def test_more_classes_by_brute_force():
     p = torch.randn(2, 4, 3, generator=rng(1)).mul(2).softmax(-1)
     share = torch.tensor([0.5, 0.2, 0.3])
@@ -238,6 +264,10 @@ def test_refusals():
         (lambda: optimal_target_assignment(p[0], half), "probabilities: expected at least 2 dimensions"),
         (lambda: optimal_target_assignment(p, half[:1]), "distribution: expected shape"),
         (lambda: optimal_target_assignment(torch.ones(4, 3), torch.ones(3), draws=0), "draws: expected a whole number"),
+        (lambda: optimal_target_assignment(p, torch.tensor([-0.5, 1.5])), "distribution: expected finite shares >= 0"),
+        (lambda: optimal_target_assignment(p, none[:2]), "distribution: expected finite shares >= 0"),
+        (lambda: optimal_target_assignment(p, half / 0), "distribution: expected finite shares >= 0"),
+        (lambda: joint_target_assignment([p, p], torch.zeros(2, 2)), "distribution: expected finite shares >= 0"),
         (lambda: joint_target_assignment([], half), "probabilities: expected at least one attribute"),
         (lambda: joint_target_assignment([p, p], half), "distribution: expected shape"),
         (

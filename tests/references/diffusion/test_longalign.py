@@ -147,6 +147,8 @@ def test_replicas_and_a_mean_from_elsewhere():
         torch.testing.assert_close(loss(image, text)[s], loss(image[s], text[s]))
     halves = [loss(image[0, half], text[0, half], common=7 * text[0].mean(0)) for half in (slice(0, 2), slice(2, 5))]
     torch.testing.assert_close(torch.cat(halves), loss(image[0], text[0]))
+    alone = loss(image[0, :1], text[0, :1], common=text[0].mean(0))
+    torch.testing.assert_close(alone, loss(image[0], text[0])[:1])
 
 
 @pytest.mark.parametrize("offset", [0, 2])
@@ -192,6 +194,8 @@ def test_refusals():
         (lambda: segment_mean(z, torch.zeros(3, dtype=torch.long)), "index: expected shape"),
         (lambda: decompose_preference(z, z[:1]), "text: expected shape"),
         (lambda: decompose_preference(z, z, common=z), "common: expected shape"),
+        (lambda: decompose_preference(z[:1], z[:1]), "common: expected a mean of texts for a batch of 1"),
+        (lambda: ReweightedPreferenceLoss()(z[:0], z[:0]), "common: expected a mean of texts for a batch of 0"),
         (lambda: ReweightedPreferenceLoss(1.5), "weight: expected a number"),
         (lambda: spaced_gradients(None, sigmas[:1]), "sigmas: expected at least 2 levels"),
         (lambda: spaced_gradients(None, sigmas, every=2, offset=2), "offset: expected a whole number"),

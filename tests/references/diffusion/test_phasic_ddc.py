@@ -48,7 +48,7 @@ def test_directions_by_replica():
 def test_the_weight_is_the_official_one():
     step = torch.tensor([295.0, 300.0, 301.0, 303.0], dtype=torch.float64)
     torch.testing.assert_close(phasic_content_weight(step / 1000), 1 / (1 + (300 - step).exp()))
-    other = phasic_content_weight(torch.tensor([0.4]), boundary=0.5, sharpness=10.0)
+    other = phasic_content_weight(torch.tensor([0.4]), boundary=0.5, steepness=10.0)
     assert other.item() == pytest.approx(1 / (1 + math.e))
 
 
@@ -111,6 +111,24 @@ def test_the_adaptation_loss_by_hand():
     plain = call(generator=rng(7))
     made = 0.5 * (source + seen[0][1][:, None] * first) + source
     torch.testing.assert_close(found - plain, 20**t * made[:, 2].abs() * (t >= 0.3))
+
+
+def test_at_time_0_the_noise_is_that_of_a_thousandth():
+    x, target = torch.randn(2, 3, 2, generator=rng()).unbind()
+    call = partial(
+        phasic_adaptation_loss,
+        lambda x, sigma, *content: 0.9 * x,
+        x,
+        target,
+        process=cosine(),
+        encode=lambda x: x,
+        consistency=None,
+    )
+    call.keywords["consistency"] = lambda made, source: (made - source).square().mean(-1)
+    start, near = (call(torch.full((3,), t), generator=rng(1)) for t in (0.0, 1e-3))
+    ratio = (20**0.9 - 1) / (20**0.9 - 20**1e-3)  # the weights are those of 0
+    torch.testing.assert_close(start, ratio * near)
+    assert start.isfinite().all()
 
 
 def test_replicas_have_their_own_noise():
@@ -212,6 +230,25 @@ def test_pictures_are_resized_as_pillow_does(factor):
         torch.testing.assert_close(found[0, channel], again, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pictures_in_half_precision(dtype):
+    def found(source):
+        return cross_domain_structure_guidance(
+            lambda x, sigma: source if float(sigma) < 0.5 else torch.zeros_like(source),
+            torch.zeros_like(source),
+            torch.tensor([1.0, 1e-3], dtype=source.dtype),
+            source=source,
+            until=0.0,
+            eta=0.0,
+            generator=rng(),
+        )
+
+    source = torch.randn(1, 2, 16, 24, generator=rng()).to(dtype)
+    low = found(source)
+    assert low.dtype is dtype
+    torch.testing.assert_close(low.float(), found(source.float()), atol=0.02, rtol=0)
+
+
 def test_adapting_a_ring_moves_it():
     """A denoiser that is exact but for a shift b, tuned by the loss: b becomes the direction."""
     world, g = ring(4, radius=1.0, scale=0.1), rng()
@@ -243,7 +280,7 @@ def test_refusals():
         (lambda: directional_distribution_consistency_loss(x, x[:1], direction=x[0]), "source: expected shape"),
         (lambda: directional_distribution_consistency_loss(x, x, direction=t), "direction: expected 3 features"),
         (lambda: phasic_content_weight(t, boundary=2.0), "boundary: expected a number"),
-        (lambda: phasic_content_weight(t, sharpness=0.0), "sharpness: expected a number > 0"),
+        (lambda: phasic_content_weight(t, steepness=0.0), "steepness: expected a number > 0"),
         (lambda: PhasicContentFusion(None)(x, x[:1], t), "content: expected shape"),
         (lambda: adapt(x, x[:1], t), "target: expected shape"),
         (lambda: adapt(x, x, t[:1]), "t: expected shape"),

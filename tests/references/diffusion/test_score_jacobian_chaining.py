@@ -191,7 +191,7 @@ def test_a_diffusers_network_scores_renders():
     render = field(origins, torch.tensor([[0.0, 0.0, 1.0]]).expand(64, -1)).colour.view(1, 1, 8, 8)
     ScoreJacobianChaining(denoise, levels=log_uniform(0.1, 10.0))(render, generator=rng()).sum().backward()
     assert field.density.grad.abs().max() > 0
-    assert not any(p.requires_grad for p in unet.parameters())
+    assert all(p.requires_grad and p.grad is None for p in unet.parameters())
 
 
 def test_refusals():
@@ -206,6 +206,8 @@ def test_refusals():
         (lambda: VoxelRadianceField((4, 4), colours="rgb"), "colours: expected one of"),
         (lambda: field(x, x), r"origins: expected \(N, 2\)"),
         (lambda: field(x[:, :2], x[:1, :2]), "directions: expected shape"),
+        (lambda: field(x[:, :2].double(), x[:, :2]), "origins: expected torch.float32 as the field has it"),
+        (lambda: field(x[:, :2], x[:, :2].bfloat16()), "directions: expected torch.float32 as the field has it"),
         (lambda: VoxelRadianceField((4, 4), replicas=2)(x[:, :2], x[:, :2]), "origins: expected 3 dimensions"),
         (lambda: emptiness_loss(x, scale=0.0), "scale: expected a number > 0"),
     ):

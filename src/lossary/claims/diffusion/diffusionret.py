@@ -99,6 +99,14 @@ def _blind(model):
     return lambda x, t, query, candidates: model(0 * x, 0 * t, query, candidates)
 
 
+@torch.no_grad()
+def _reranked(model, table: Tensor, query: Tensor, item: Tensor, *, alpha: float) -> Tensor:
+    """By the blind one's own probabilities, at the temperature 100 of its training; nothing that it says is cut."""
+    chosen = table.topk(TOP, dim=-1).indices
+    found = model(torch.zeros(chosen.shape), torch.zeros(chosen.shape[:2]), query, _taken(item, chosen))
+    return table.scatter_add(-1, chosen, alpha * (100 * found).softmax(-1))
+
+
 @cache
 def _trained(seeds: Seeds, *, diffusion: bool, lr: float):
     (model, weights), generators, noise = _stacked(seeds), seeds.torch("lists"), seeds.torch("diffusion")
@@ -124,11 +132,12 @@ def _recall(
     shift = {"turn": 0.3, "spread": 0.4} if moved else {}
     query, item = _encoded(seeds)(*_pairs(seeds, 200, "moved" if moved else "test", **shift))
     table = query @ item.mT
-    if diffusion is not None:
-        model, steps = _trained(seeds, diffusion=diffusion, lr=lr), seeds.few(50, smoke=2) if diffusion else 1
-        table = diffusion_rerank(
-            model, table, query, item, top=TOP, alpha=alpha, steps=steps, generator=seeds.torch("rerank")
-        )
+    if diffusion:
+        steps, generators = seeds.few(50, smoke=2), seeds.torch("rerank")
+        model = _trained(seeds, diffusion=True, lr=lr)
+        table = diffusion_rerank(model, table, query, item, top=TOP, alpha=alpha, steps=steps, generator=generators)
+    elif diffusion is not None:
+        table = _reranked(_trained(seeds, diffusion=False, lr=lr), table, query, item, alpha=alpha)
     return (100 * (table.argmax(-1) == torch.arange(200)).double().mean(-1)).tolist()
 
 
@@ -150,7 +159,7 @@ def diffusion_beats_cosines(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="It does so more often than the same network without noisy relevances, in one evaluation",
+    says="Reranking by diffusion finds the right item first more often than the same network without noisy relevances",
     kind="superiority",
     metric="recall",
     scale="R@1 of 200 among 200; 400 training pairs, width 16, lists of 32, 300 steps of 40, DDIM 50; 4 settings each",
@@ -161,10 +170,10 @@ def diffusion_beats_the_blind_reranker(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="Out of domain, too, it finds the right item first more often than cosines",
+    says="Out of domain, too, reranking by diffusion finds the right item first more often than cosines",
     kind="superiority",
     metric="recall",
-    scale="R@1 of 200 among 200, latents turned by 0.3, noise 0.4 for 0.3; tuned in domain; otherwise as above",
+    scale="R@1 of 200 among 200, latents turned by 0.3, noise 0.4 for 0.3; tuned in domain, 400 pairs; 4 settings",
 )
 def diffusion_beats_cosines_out_of_domain(seeds: Seeds) -> Arms:
     ours = tune(_recall, GRIDS[True], seeds)

@@ -128,7 +128,7 @@ def _compare(score, method: list[dict], baseline: list[dict], seeds: Seeds, **fi
 
 
 @claim(
-    says="With adjusted gradients it turns 10/90 into 50/50 better than KL on batch means through the whole sampler",
+    says="Tuning to assigned classes turns 10/90 into 50/50 better than KL on batch means through the whole sampler",
     kind="superiority",
     metric="mode error",
     scale="4 Gaussians in 2-D and the space between, MLP of 64 beside the truth, 150 steps of 32; 4 settings each",
@@ -138,7 +138,7 @@ def sets_equal_shares(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="It turns 10/90 into 75/25 and stays nearer the same modes than KL on batch means with the same gradients",
+    says="Tuned from 10/90 to 75/25 by assigned classes, samples lie nearer the modes than by KL on batch means",
     kind="ratio",
     metric="sample distance",
     margin=0.9,

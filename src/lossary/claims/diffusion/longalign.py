@@ -171,7 +171,7 @@ def reweighting_aligns_better(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="With the rates that align best, its samples stay nearer the true points: less overfitting of the reward",
+    says="At rates that align best, samples tuned by the reweighted score stay nearer the true ones than by the plain",
     kind="ratio",
     metric="sample distance",
     margin=0.8,
@@ -203,7 +203,7 @@ def relevant_part_tells_pairs(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="The text-irrelevant part tells them no better than chance",
+    says="The text-irrelevant part of the score tells true pairs from random ones no better than chance",
     kind="equality",
     metric="AUROC",
     scale="4000 pairs of prompt and point, 3 attributes of 3 values in 8-D, preference model from choices",

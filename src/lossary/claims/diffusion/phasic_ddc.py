@@ -196,7 +196,7 @@ def _compare(score, method: list[dict], baseline: list[dict], seeds: Seeds) -> A
 
 
 @claim(
-    says="From eight points it keeps more of the modes than plain fine-tuning on them",
+    says="Directional consistency keeps more of the modes from eight points than plain fine-tuning on them",
     kind="superiority",
     metric="mode error",
     scale="ring of 8 Gaussians in 2-D, turned and moved, MLP of 64, 200 steps of 32; 4 settings each",
@@ -206,7 +206,7 @@ def keeps_the_modes(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="It comes nearer the new domain than with a loss on pairwise similarities in its place",
+    says="Directional consistency comes nearer the new domain than a loss on pairwise similarities in its place",
     kind="ratio",
     metric="sample distance",
     margin=0.95,
@@ -217,7 +217,7 @@ def beats_pairwise_similarity(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="Its gradient varies at most half as much from batch to batch as that of pairwise similarities",
+    says="Directional consistency's gradient varies at most half as much between batches as pairwise similarities'",
     kind="ratio",
     metric="variance",
     margin=0.5,

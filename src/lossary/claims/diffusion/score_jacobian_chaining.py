@@ -2,7 +2,8 @@
 
 The scene is a plane of 12 x 12 voxels with a shape of three blobs, other ones for each seed; its pictures are the 16
 numbers that an orthographic camera sees from some angle. A perceptron denoises such views, whatever the angle. A
-new field is then optimised until its own views, from everywhere, look likely; they are held against the true ones.
+new field is then optimised until its own views, from everywhere, look likely; they are held against the true ones,
+and those against them, as a scene that shows one view from everywhere would not do.
 """
 
 import math
@@ -98,10 +99,11 @@ def _lifted(seeds: Seeds, *, kind: str, lr: float) -> VoxelRadianceField:
 
 
 def _distance(seeds: Seeds, **setting: object) -> list[float]:
-    """Of views from 36 angles to the nearest true view, relative to the true views' own norm."""
+    """Mean of the distances from views to their nearest true views and back, relative to the true views' norm."""
     true = _views(_scene(seeds), _everywhere(seeds, 96))
-    found = _views(_lifted(seeds, **setting), _everywhere(seeds, 36) + 0.01)
-    nearest = torch.cdist(found, true).amin(-1).mean(-1)
+    found = _views(_lifted(seeds, **setting), _everywhere(seeds, 96) + 0.01)
+    apart = torch.cdist(found, true)
+    nearest = (apart.amin(-1).mean(-1) + apart.amin(-2).mean(-1)) / 2
     return (nearest / true.norm(dim=-1).mean(-1)).tolist()
 
 
@@ -116,18 +118,18 @@ def _compare(baseline: str, seeds: Seeds) -> Arms:
     kind="ratio",
     metric="sample distance",
     margin=0.8,
-    scale="to the nearest view; 12x12 field, views of 16, MLP of 64 as denoiser, 300 steps of 8 cameras; 2 rates each",
+    scale="to the nearest view, both ways; 12x12 field, views of 16, MLP of 64, 300 steps of 8 cameras; 2 rates each",
 )
 def averaging_beats_the_clean_render(seeds: Seeds) -> Arms:
     return _compare("clean", seeds)
 
 
 @claim(
-    says="Taking away the render brings views nearer than taking away the noised render",
+    says="Taking the render away from the denoised one brings views nearer than taking away the noised render",
     kind="ratio",
     metric="sample distance",
     margin=0.95,
-    scale="to the nearest view; 12x12 field, views of 16, MLP of 64 as denoiser, 300 steps of 8 cameras; 2 rates each",
+    scale="to the nearest view, both ways; 12x12 field, views of 16, MLP of 64, 300 steps of 8 cameras; 2 rates each",
 )
 def taking_away_the_render_helps(seeds: Seeds) -> Arms:
     return _compare("noised", seeds)
@@ -158,7 +160,7 @@ def taking_away_the_render_is_quieter(seeds: Seeds) -> Arms:
 
 
 @claim(
-    says="What it climbs is a lower bound: the mean log-density of the noised point is below that at sqrt(2) sigma",
+    says="Averaged scores climb a lower bound: the noised point's mean log-density is below that at sqrt(2) sigma",
     kind="exact",
     metric="deviation",
     tolerance=0.01,
