@@ -54,13 +54,13 @@ models does not show:
 - One step: a distilled generator is as near the data as 35 evaluations of its teacher. But the plain difference of
   scores did as well as SiD's loss, and regression on the teacher's pairs better than DMD. Forward KL and Jensen-Shannon
   lose fewer modes than reverse KL, by 11 points.
-- Guidance: adaptive guidance spares a fifth of the evaluations and changes next to nothing. Projected guidance, guidance
-  in training at equal cost and both edits of a prompt brought nothing.
+- Guidance: adaptive guidance spares a fifth of the evaluations and changes next to nothing. Projected guidance,
+  guidance in training at equal cost and both edits of a prompt brought nothing.
 - Rare modes: assigned classes turn 10/90 into 50/50; the log-variance loss loses fewer modes. A particle filter was no
   better than drawing anew at the end.
 - Tokens: on grey levels, noise that moves to near values lowers the bound by 0.18 nats, on text a mask by 0.33 over
-  random tokens. One network call for each token draws what a hundred steps do. On word embeddings cross-entropy at every
-  step is worth 24 points, the order of words nothing.
+  random tokens. One network call for each token draws what a hundred steps do. On word embeddings cross-entropy at
+  every step is worth 24 points, the order of words nothing.
 - Conditions: texture comes over better beside the picture than through one vector; random subsets of concepts are worth
   25 points when several are asked for; deviations of two readings find a reward's errors, its own entropy better.
 - Inverse problems: four pixels chosen actively were no better than four fixed ones.
