@@ -11,6 +11,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
+from lossary.site import views
 from lossary.site.app import create_app
 from lossary.site.runs import Limits
 
@@ -23,6 +24,9 @@ def app(tmp_path_factory):
     """A site that starts no run."""
     app = create_app(tmp_path_factory.mktemp("site"), limits=Limits(waiting=50, kept=60))
     app.state.runs.closing = True  # streams of events end at once
+    # Hypothesis builds syntax trees, and so do pages, in threads, which Python 3.11 takes badly: hence all pages first.
+    for address, make in views.every(app.state.library.now):
+        app.state.library.now.once(address, make)
     return app
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -44,6 +45,8 @@ class Snapshot:
         self.papers = catalogue.entries(package)
         self.stale = stale.known(package, stamp)
         self._made: dict[str, Any] = {}
+        # Pages parse code, and Python 3.11 fails where two threads build syntax trees at once (its issue 106905).
+        self._making = threading.RLock()
         self._by_id = {(paper["room"], paper["id"]): paper for paper in self.papers}
         self._runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
@@ -177,7 +180,9 @@ class Snapshot:
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` gives, made when it is first asked for under this name, and kept."""
         if name not in self._made:
-            self._made[name] = make()
+            with self._making:
+                if name not in self._made:
+                    self._made[name] = make()
         made: T = self._made[name]
         return made
 
