@@ -34,8 +34,8 @@ _EXPORTS = {
         "Blobs Masks Prompts Scenes blurred_masks crowded_boxes digit_sets flip_labels gaussian_blobs"
         " hide_positives linear_regression_prompts long_tail spurious_groups"
     ),
-    "tokens": ("StackedTokenNet chains fit_tokens noised_tokens pair_error spread_times stacked_token_net texts_of"),
-    "training": "PerSeed cross_entropy fit minimise per_seed",
+    "tokens": "StackedTokenNet chains fit_tokens noised_tokens pair_error stacked_token_net texts_of",
+    "training": "PerSeed cross_entropy fit minimise per_seed spread_times",
     "cache": "trained",
     "workers": "JobError cores run_all warm",
 }

@@ -16,7 +16,7 @@ from lossary.tasks.cache import trained
 from lossary.tasks.data import digits, mnist5k
 from lossary.tasks.models import StackedMLP, stacked_mlp
 from lossary.tasks.seeds import Seeds
-from lossary.tasks.training import minimise
+from lossary.tasks.training import minimise, spread_times
 
 EDGE = 1e-3  # times are drawn from EDGE to 1 - EDGE
 HARMONICS = 4
@@ -100,8 +100,7 @@ def fit_denoiser(
     def objective() -> Tensor:
         clean, *conditions = draw(batch, generators)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean)
-        offset = torch.stack([torch.rand(1, generator=g) for g in generators])
-        place = (torch.arange(batch) / batch + offset) % 1
+        place = spread_times(batch, generators, dtype=torch.float32)
         sigma = denoise.process.ratio(EDGE + (1 - 2 * EDGE) * place).to(clean)
         return loss(denoise, clean, sigma, noise, *conditions).mean(-1).sum()
 
@@ -197,7 +196,7 @@ def digit_denoiser(*, size: int = 8, steps: int = 1000, channels: int = 16, held
         def objective() -> Tensor:
             rows = torch.randint(kept, (128,), generator=g)
             label = torch.where(torch.rand(128, generator=g) < 0.1, 10, y[rows])
-            place = (torch.arange(128) / 128 + torch.rand(1, generator=g)) % 1
+            (place,) = spread_times(128, [g], dtype=torch.float32)
             sigma = process.ratio(EDGE + (1 - 2 * EDGE) * place)
             noise = torch.randn(128, 1, size, size, generator=g)
             return v_error(denoise, x[rows], sigma, noise, label).mean()

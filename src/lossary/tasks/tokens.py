@@ -13,7 +13,7 @@ from lossary.tasks import task
 from lossary.tasks.diffusion import HARMONICS, waves
 from lossary.tasks.models import StackedMLP, stacked_mlp
 from lossary.tasks.seeds import Seeds
-from lossary.tasks.training import minimise
+from lossary.tasks.training import minimise, spread_times
 
 Texts = Callable[[int, Sequence[Generator]], Tensor]
 """texts(n, generators) -> clean tokens (S, n, L), one generator for each seed."""
@@ -85,12 +85,6 @@ def _inverted(probabilities: Tensor, chance: Tensor) -> Tensor:
     """The token at which the cumulative probabilities (*batch, K) pass uniform numbers (*batch)."""
     passed = (chance[..., None] >= probabilities.cumsum(-1)).sum(-1)
     return passed.clamp(max=probabilities.shape[-1] - 1)
-
-
-def spread_times(n: int, generators: Sequence[Generator]) -> Tensor:
-    """(S, n) times in 0 to 1, evenly spread from a random start, float64."""
-    start = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
-    return (torch.arange(n) / n + start) % 1
 
 
 @task(version=1)

@@ -127,6 +127,12 @@ def minimise(objective: Callable[[], Tensor], parameters: Iterable[nn.Parameter]
         schedule.step()
 
 
+def spread_times(n: int, generators: Sequence[Generator], *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(S, n) times in 0 to 1, evenly spread from a random start drawn in this dtype."""
+    start = torch.stack([torch.rand(1, generator=g, dtype=dtype) for g in generators])
+    return (torch.arange(n) / n + start) % 1
+
+
 def _call(part: Any) -> Any:
     return getattr(part, "forward", part)
 
