@@ -161,7 +161,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path):
     while not committed(store) and running.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=200)
     assert running.returncode == 130, err
     assert out == ""
     assert "the same command goes on from what is in lossary-out/good" in err

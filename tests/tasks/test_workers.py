@@ -102,5 +102,5 @@ def test_workers_end_with_the_parent(end: signal.Signals, tmp_path) -> None:
         assert [parent.stdout.readline() for _ in range(2)] == ["0.0\n", "0.0\n"]
         parent.send_signal(end)
         rest = parent.stdout.read()  # ends once nobody holds the pipe any more: the workers are gone
-        assert parent.wait(timeout=20) == (0 if end is signal.SIGINT else -signal.SIGKILL)
+        assert parent.wait(timeout=200) == (0 if end is signal.SIGINT else -signal.SIGKILL)
     assert rest == ("stopped\n" if end is signal.SIGINT else "")
