@@ -16,16 +16,20 @@ ROOT = PACKAGE.parents[1]
 REFERENCES = ROOT / "tests" / "references"
 
 Finding = dict[str, str]
-"""id, room, and what is the matter."""
+"""id, room, and what is the matter; id "*" is the room as a whole."""
 
 
 def audit(room: str | None = None) -> list[Finding]:
     """All findings, by paper. In an installed wheel, tests and history are absent and their checks are skipped."""
-    found: list[Finding] = []
-    for paper in catalogue.entries():
-        if room in (None, paper["room"]):
-            found += [{"id": paper["id"], "room": paper["room"], "finding": text} for text in _paper(paper)]
-    return found
+    papers = [paper for paper in catalogue.entries() if room in (None, paper["room"])]
+    found = [{"id": paper["id"], "room": paper["room"], "finding": text} for paper in papers for text in _paper(paper)]
+    controls = {(paper["room"], claim.get("control")) for paper in papers for claim in paper["claims"]}
+    return found + [
+        {"id": "*", "room": name, "finding": f"no claim of the room has control={kind!r}"}
+        for name in sorted({paper["room"] for paper in papers})
+        for kind in ("planted", "A/A")
+        if (name, kind) not in controls
+    ]
 
 
 def _paper(paper: Entry) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -809,21 +808,6 @@ class TestProfile:
         p = load("wine")
         found = asdict(profile(replace(p, time=np.arange(len(p)) * 1.0), lock(p)[0]))
         assert json.loads(json.dumps(found, allow_nan=False))["findings"] == json.loads(json.dumps(found))["findings"]
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("task", ["classes", "real", "multilabel"])
-    def test_is_quick(self, task):
-        """5,000 rows of 30 columns: fifteen seconds of one core at most, whatever else the machine does."""
-        rng = np.random.default_rng(0)
-        x = rng.normal(size=(5000, 30))
-        y = {
-            "classes": np.digitize(x[:, :5].sum(1), (-4, -2, -1, 0, 1, 2, 4)),
-            "real": x[:, :5].sum(1) + rng.normal(size=5000),
-            "multilabel": (x[:, :10] + rng.normal(size=(5000, 10)) > 1).astype(np.int64),
-        }[task]
-        start = time.process_time()
-        profile(problem(x, y, task, time=rng.random(5000)), np.arange(5000))
-        assert time.process_time() - start < 15
 
     @pytest.mark.slow
     def test_raises_little_where_nothing_is_wrong(self):

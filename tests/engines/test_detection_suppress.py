@@ -4,7 +4,6 @@ The double loop compares all with all, so that it knows of no tree; its scores a
 """
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -135,25 +134,6 @@ def test_tens_of_thousands_at_one_place():
     keep, decayed = suppress(boxes, scores, decay=gaussian, parameter=0.5, floor=0.01)  # each pick leaves exp(-2)
     assert keep.tolist() == [49_999, 49_998, 49_997]
     assert decayed.tolist() == pytest.approx([scores[-1 - k].item() * math.exp(-2 * k) for k in range(3)], rel=1e-5)
-
-
-def test_time_grows_less_than_quadratically():
-    """Ten times as many boxes, as thick on the ground: five times the time would be linear in the picks alone."""
-    pytest.importorskip("numba")
-
-    def seconds(n):
-        rng = np.random.default_rng(0)
-        corner = rng.uniform(0, 20 * math.sqrt(n), (n, 2))
-        boxes = torch.from_numpy(np.concatenate([corner, corner + rng.uniform(10, 30, (n, 2))], axis=1))
-        scores, times = torch.from_numpy(rng.random(n)), []
-        for _ in range(3):
-            start = time.thread_time()
-            suppress(boxes, scores, decay=hard, parameter=0.5, floor=0.0)
-            times.append(time.thread_time() - start)
-        return min(times)
-
-    seconds(100)  # compiles
-    assert seconds(30_000) < 35 * seconds(3000)  # n^2 would be 100 times
 
 
 def test_no_boxes(form):

@@ -7,6 +7,23 @@ import pytest
 import torch
 from torch import nn
 
+from lossary.diffusion import (
+    AbsorbingGraph,
+    ContinuousBFN,
+    DiscreteBFN,
+    NormalizedEmbedding,
+    ParticleFilterSampler,
+    RidgeTilt,
+    StructureAppearanceLoss,
+    UniformGraph,
+    decode_embeddings,
+    mask_uniformly,
+    mehler_score,
+    minority_score,
+    sample_molrg,
+    structure_appearance_guidance,
+    target_score_estimate,
+)
 from lossary.diffusion import _discrete as discrete
 from lossary.diffusion import _samplers as samplers
 from lossary.diffusion._chain import MarkovChain, random_chain
@@ -94,8 +111,34 @@ def test_a_table_is_met_at_its_steps():
     torch.testing.assert_close(process.sigma(steps) ** 2, 1 - alphas[steps.long()])
     torch.testing.assert_close(process.time(process.ratio(steps)), steps)
     torch.testing.assert_close(process.time(process.ratio(steps[[0, -1]]) * torch.tensor([0.5, 2.0])), steps[[0, -1]])
-    with pytest.raises(ValueError, match="alphas_cumprod"):
-        tabulated(alphas.flip(0))
+
+
+def test_outside_a_table():
+    """alpha^2 0.8 and 0.2: sigma / alpha is 1/2 and 2, so 2^(2t - 1) on the line through both."""
+    process, times = tabulated(torch.tensor([0.8, 0.2])), torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(process.ratio(times), torch.tensor([1 / 8, 1.0, 8.0]).double(), rtol=1e-7, atol=0.0)
+    levels = torch.tensor([0.0, 0.1, 1.0, 100.0, torch.inf], dtype=torch.float64)
+    torch.testing.assert_close(
+        process.time(levels), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]).double(), atol=1e-7, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([0.9, 0.5, 0.0], r"strictly between 0 and 1, got 0; .* something small, such as 2\*\*-24"),
+        ([1.0, 0.5, 0.1], "strictly between 0 and 1, got 1;"),
+        ([0.9, math.nan, 0.1], "strictly between 0 and 1, got nan;"),
+        ([1.5, 0.5, 0.1], "strictly between 0 and 1, got 1.5;"),
+        ([0.5], r"shape \(T,\) with T >= 2, got \(1,\)"),
+        ([[0.9, 0.5]], r"shape \(T,\) with T >= 2, got \(1, 2\)"),
+        ([0.9, 0.4, 0.4], "falling values, got 0.4 and then 0.4;"),
+        ([0.1, 0.5], "falling values, got 0.1 and then 0.5;"),
+    ],
+)
+def test_a_table_that_is_refused(table, message):
+    with pytest.raises(ValueError, match=f"^alphas_cumprod: expected [^\n]*{message}[^\n]*$"):
+        tabulated(torch.tensor(table))
 
 
 @pytest.mark.parametrize("kind", ["clean", "noise", "v", "score", "velocity"])
@@ -133,6 +176,53 @@ def test_a_perfect_network_of_any_kind_is_the_same_denoiser(kind):
         torch.testing.assert_close(Denoiser(Perfect(), process, kind)(x, sigma), truth.denoise(x, sigma))
 
 
+@pytest.mark.parametrize("process", [bridge(), mean_reverting()])
+@pytest.mark.parametrize("kind", ["clean", "noise", "v", "score", "velocity"])
+def test_a_perfect_network_between_two_ends_is_the_same_denoiser(process, kind):
+    """It is handed x_t with the second end point in it, and told that point, as an image-to-image network is."""
+    truth, end = mixture(), torch.tensor([5.0, -3.0, 1.0], dtype=torch.float64)
+    step = 1e-6
+
+    class Perfect(nn.Module):
+        def forward(self, x_t, t, end):
+            share = process.end_weight(t)[:, None] * end
+            clean = truth.denoise((x_t - share) / process.alpha(t)[:, None], process.ratio(t))
+            noise = (x_t - share - process.alpha(t)[:, None] * clean) / process.sigma(t)[:, None]
+            if kind == "velocity":
+                later, sooner = (process.noised(clean, noise, t + s, end.expand_as(clean)) for s in (step, -step))
+                return (later - sooner) / (2 * step)
+            return from_clean(clean, x_t - share, t, process, kind)
+
+    x = 2 * torch.randn(6, 3, generator=rng(), dtype=torch.float64)
+    denoise, ends = Denoiser(Perfect(), process, kind), end.expand_as(x)
+    for sigma in (0.3, torch.linspace(0.1, 0.9, 6, dtype=torch.float64)):
+        torch.testing.assert_close(denoise(x, sigma, end, end=ends), truth.denoise(x, sigma), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="end"):
+        denoise(x, 0.3, end)
+    with pytest.raises(ValueError, match="end"):
+        Denoiser(Perfect(), cosine(), "clean")(x, 0.3, end, end=ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_networks_are_told_the_time_whole(dtype):
+    process, told = tabulated(torch.linspace(0.999, 0.005, 1000)), []
+
+    class Listening(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=dtype))
+
+        def forward(self, x, t):
+            told.append((x.dtype, t))
+            return self.scale * x
+
+    steps = torch.tensor([333.0, 987.0])
+    Denoiser(Listening(), process)(torch.ones(2, 3), process.ratio(steps))
+    ((found, t),) = told
+    assert found == dtype
+    torch.testing.assert_close(t, steps, rtol=0, atol=1e-2)
+
+
 def test_arithmetic_is_that_of_x_whatever_the_network():
     network = nn.Linear(3, 3).bfloat16()
 
@@ -142,7 +232,7 @@ def test_arithmetic_is_that_of_x_whatever_the_network():
             self.inner = network
 
         def forward(self, x, t):
-            assert x.dtype == t.dtype == torch.bfloat16
+            assert (x.dtype, t.dtype) == (torch.bfloat16, torch.float32)
             return self.inner(x)
 
     x = torch.randn(4, 3, generator=rng())
@@ -224,6 +314,67 @@ def test_noisy_samplers_reach_the_variance(sampler):
     torch.testing.assert_close(found.mean(0), GAUSS.means[0], atol=0.02, rtol=0)
     torch.testing.assert_close(found.std(0), torch.full((2,), 0.5, dtype=torch.float64), atol=0.02, rtol=0)
     assert counted.evaluations == (299 if sampler == "predictor_corrector" else 150)
+
+
+FALLING = torch.tensor([2.0, 1.0, 0.0])
+DRAWS = {
+    "ancestral": lambda x, g: samplers.ancestral(lambda x, s: x / 2, x, FALLING, generator=g),
+    "sde": lambda x, g: samplers.sde(lambda x, s: x / 2, x, FALLING, generator=g),
+    "predictor-corrector": lambda x, g: samplers.predictor_corrector(lambda x, s: x / 2, x, FALLING, generator=g),
+    "Bayesian flow": lambda x, g: ContinuousBFN(0.1).sample(
+        lambda x, s: x / 2, x.shape, steps=2, generator=g, device=x.device
+    ),
+    "messages": lambda x, g: DiscreteBFN(4).beliefs(x.long(), x[:, 0], generator=g),
+    "structure and appearance": lambda x, g: structure_appearance_guidance(
+        lambda x, s: x / 2,
+        StructureAppearanceLoss(lambda x: (x.flatten(2).mT, x.mean((2, 3))), 0 * x[None, None], x[None, None]),
+        FALLING,
+        generator=g,
+    ),
+    "embeddings": lambda x, g: decode_embeddings(lambda z, s: z, NormalizedEmbedding(x), (1, 2), steps=2, generator=g),
+    "particles": lambda x, g: ParticleFilterSampler(lambda x, s: x[:, 0], particles=1, at=(), churn=0.1)(
+        lambda x, s: x / 2, x, FALLING, generator=g
+    ),
+    "uniform masks": lambda x, g: mask_uniformly(x.long(), mask=5, generator=g),
+    "minority": lambda x, g: minority_score(lambda x, s: x / 2, x, 1.0, generator=g),
+    "absorbing graph": lambda x, g: AbsorbingGraph(4).noised(x.long(), x[:, 0], generator=g),
+    "uniform graph": lambda x, g: UniformGraph(4).noised(x.long(), x[:, 0], generator=g),
+    "Mehler": lambda x, g: mehler_score(x, 0.5, lambda x: x[..., 0], samples=4, generator=g),
+    "target scores": lambda x, g: target_score_estimate(
+        x, lambda x: x[..., 0], lambda x: x, alpha=0.6, sigma=0.8, samples=2, mixing=0.5, generator=g
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_numbers_are_drawn_where_the_generator_is(name):
+    """For data elsewhere, such as on a GPU, as many of the generator's numbers are taken as for data beside it."""
+    states = []
+    for device in ("cpu", "meta"):
+        generator = rng(3)
+        found = DRAWS[name](torch.ones(3, 2, device=device), generator)
+        assert found.device.type == device
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+    assert not torch.equal(states[0], rng(3).get_state())
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: Mixture(x, 0.1).sample(5)[0],
+        lambda x: Mixture(x, 0.1).sample(5)[1],
+        lambda x: sample_molrg(x[None, :, :1], 5)[0],
+        lambda x: sample_molrg(x[None, :, :1], 5)[1],
+        lambda x: RidgeTilt(x[0], torch.sin).sample(5),
+        lambda x: discrete.draw(x),
+    ],
+)
+def test_samples_are_where_their_distribution_is(draw):
+    for device in ("cpu", "meta"):
+        found = draw(torch.ones(3, 2, device=device))
+        assert found.device.type == device
+        assert len(found) in (3, 5)
 
 
 def test_ancestral_at_eta_0_is_euler():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lossary.diffusion._attention import attend
+from lossary.diffusion._attention import attend, inputs, keys_and_values, outputs
 
 diffusers = pytest.importorskip("diffusers.models.attention_processor")
 
@@ -58,6 +58,23 @@ def test_it_computes_what_diffusers_does(settings, picture):
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 15))
 
 
+@pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("picture", [False, True])
+def test_fused_attention_between_inputs_and_outputs_is_diffusers_own(settings, picture):
+    layer = built(**settings)
+    x, text, temb = states(layer, picture=picture or "spatial_norm_dim" in settings)
+    bias = torch.randn(2, 1, 15 if text is None else 4, generator=rng(5))
+    query, key, value, mask = inputs(layer, x, text, bias, temb)
+    assert query.shape == (2, 2, 15, 4)
+    torch.testing.assert_close(mask, bias[:, None].expand(-1, 2, -1, -1))
+    found = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=layer.scale)
+    expected = layer(x, encoder_hidden_states=text, attention_mask=bias, temb=temb)
+    torch.testing.assert_close(outputs(layer, found, x), expected, atol=1e-5, rtol=1e-4)
+    if text is not None:  # another text, attended to beside the first, is read as the first is
+        for one, both in zip(keys_and_values(layer, text[:1].flip(1)), (key, value)):
+            torch.testing.assert_close(one, both[:1].flip(2))
+
+
 def test_masks_are_obeyed():
     layer = built(**TEXT)
     x, text, _ = states(layer, picture=False)
@@ -80,7 +97,10 @@ def test_edited_maps_are_the_ones_used():
     torch.testing.assert_close(found[1], layer.to_out[0].bias.expand(15, -1))
 
 
-def test_layers_for_other_processors_are_refused():
+def test_layers_for_other_processors_and_odd_states_are_refused():
     layer = built(added_kv_proj_dim=6)
     with pytest.raises(ValueError, match="attn: expected a layer without added_kv_proj_dim"):
         attend(layer, *states(layer, picture=False)[:2], edit=lambda maps: maps)
+    layer = built(**TEXT)
+    with pytest.raises(ValueError, match=r"hidden_states: expected 3 or 4 dimensions, got shape \(15, 32\)"):
+        attend(layer, states(layer, picture=False)[0][0], edit=lambda maps: maps)

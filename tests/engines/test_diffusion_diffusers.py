@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from lossary.diffusion import AdaptiveGuidance, AdaptiveProjectedGuidance, debiased_estimation_loss
 from lossary.diffusion import _samplers as samplers
-from lossary.diffusion import debiased_estimation_loss
 from lossary.diffusion._denoiser import Counted, denoising_error, score_of, to_clean
 from lossary.diffusion._guidance import Guided, classifier_free
 from lossary.diffusion._process import flow, tabulated
@@ -495,9 +495,18 @@ def guided_sample(scheduler, guider) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("guidance", [classifier_free(3.0), Momentum()], ids=["classifier-free", "momentum"])
+GUIDANCES = {
+    "classifier-free": (classifier_free(3.0), None),
+    "momentum": (Momentum(), 4),
+    "adaptive": (AdaptiveGuidance(3.0, threshold=0.9998), 2),  # passed at the second step, which is still paid for
+    "projected": (AdaptiveProjectedGuidance(3.0, radius=2.0), None),
+}
+"""And for how many calls of the network each needs the unconditional prediction, None for all."""
+
+
+@pytest.mark.parametrize(("guidance", "needed"), GUIDANCES.values(), ids=GUIDANCES)
 @pytest.mark.parametrize("name", ["euler", "heun"])
-def test_a_guided_pipeline_takes_the_steps_of_our_guided_sampler(guidance, name):
+def test_a_guided_pipeline_takes_the_steps_of_our_guided_sampler(guidance, needed, name):
     scheduler, seen = watched(DiffusersScheduler.from_config(BASE.config, sampler=name))
     guider = DiffusersGuider(guidance, scheduler)
     guided_sample(scheduler, guider)
@@ -519,7 +528,7 @@ def test_a_guided_pipeline_takes_the_steps_of_our_guided_sampler(guidance, name)
     # The guider has its noise levels from the timesteps, with the seven digits of diffusers' table.
     torch.testing.assert_close(torch.stack(seen), torch.stack(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, final, rtol=1e-5, atol=1e-5)
-    assert uncond.evaluations == (4 if isinstance(guidance, Momentum) else len(seen))
+    assert uncond.evaluations == (needed or len(seen))
 
 
 def test_classifier_free_guidance_is_that_of_diffusers():
@@ -660,6 +669,16 @@ def test_a_schedule_that_ends_in_pure_noise(kind, betas):
     assert seen[1].tolist() == pytest.approx([700.0] * 2)
     guider = DiffusersGuider(classifier_free(3.0), scheduler)
     assert guider.process.alpha(torch.tensor(999.0)) > 0
+
+
+def test_pure_noise_that_the_scheduler_does_not_tell_of():
+    """Refused, instead of x_0 that is not a number at the last timestep; with something small there it is taken."""
+    scheduler = diffusers.DDPMScheduler(trained_betas=[0.1, 0.2, 1.0], num_train_timesteps=3)
+    with pytest.raises(ValueError, match="alphas_cumprod: expected values strictly between 0 and 1, got 0;"):
+        DiffusersDenoiser(unet(), scheduler)
+    scheduler.alphas_cumprod[-1] = 2**-24
+    alpha = DiffusersDenoiser(unet(), scheduler).process.alpha(torch.tensor([2.0], dtype=torch.float64))
+    assert alpha.item() == pytest.approx(2**-12)
 
 
 def test_half_precision_models_get_their_timestep_whole():

@@ -55,6 +55,12 @@ def pages(now) -> dict[str, str]:
     return {f"/{name}": now.once(name, make) for name, make in views.every(now)}
 
 
+def test_no_page_is_large(pages):
+    """Without plots, which no one reads as text."""
+    sizes = {path: len(re.sub(r"<svg.*?</svg>", "", page, flags=re.S).encode()) for path, page in pages.items()}
+    assert {path: size for path, size in sizes.items() if size > 150_000} == {}
+
+
 def test_every_page_leads_to_pages_that_are_there(pages, now):
     known = {*pages, "/compare", "/runs", "/search", "/feed.xml", *(f"/rooms/{room}.xml" for room in now.rooms)}
     ids = {name: set(Links(page).ids) for name, page in pages.items()}

@@ -3,6 +3,7 @@
 Raise the version at the task's `@task` and here, together with the numbers.
 """
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lossary import tasks
 from lossary.diffusion._discrete import absorbing
+from lossary.diffusion._distil import OneStepGenerator, ScoreDistillation, log_uniform
 from lossary.tasks import Data, Seeds
 
 SEEDS = Seeds((0, 7))
@@ -102,10 +104,48 @@ def denoiser() -> nn.Module:
     return model
 
 
+def distilled() -> nn.Module:
+    players = [tasks.stacked_denoiser(2, SEEDS, hidden=(8,)).double() for _ in range(2)]
+    truth, levels = tasks.uneven_ring(), log_uniform(0.1, 5.0)
+    procedure = ScoreDistillation(OneStepGenerator(players[0]), players[1], truth.denoise, levels=levels)
+    batch = points()[0][..., :2]
+    tasks.distil(procedure, lambda generators: {"latent": batch}, seeds=SEEDS, steps=5, lr=0.002)
+    return procedure
+
+
+def fitted_to_the_ring() -> float:
+    """How far two steps go, coarsely, as in `drift`."""
+    seeds = Seeds(SEEDS.ids, smoke=True)
+    networks = tasks.ring_denoiser(seeds), tasks.stacked_denoiser(2, seeds)
+    end, start = (nn.utils.parameters_to_vector(network.parameters()).detach() for network in networks)
+    return round(float((end - start).abs().mean()), 5)
+
+
+def fitted_to_digits() -> float:
+    """As `fitted_to_the_ring`."""
+    seeds = Seeds(SEEDS.ids, smoke=True)
+    networks = tasks.digit_student(seeds), tasks.stacked_denoiser(64, seeds, hidden=(128, 128))
+    end, start = (nn.utils.parameters_to_vector(network.parameters()).detach() for network in networks)
+    return round(float((end - start).abs().mean()), 5)
+
+
 def learned() -> float:
     """How large the weights are after a step, coarsely, as in `drift`."""
     weight = tasks.digit_denoiser(steps=1, channels=8).network.first.weight
     return round(float(weight.abs().mean()), 3)
+
+
+def judged() -> float:
+    """As `learned`."""
+    return round(float(tasks.digit_classifier(steps=1)[1].weight.abs().mean()), 4)
+
+
+def apart() -> float:
+    """How much farther noise is than digits, roughly in powers of a thousand: the judge is trained."""
+    x = tasks.digit_images()[0][:500]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    digits, other = tasks.digit_distance(torch.stack([x, noise]))
+    return round(float((other / digits).log() / math.log(1000)))
 
 
 def languages() -> list:
@@ -147,17 +187,23 @@ GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
     "detection_ap": (1, lambda: tasks.detection_ap(tasks.detections(*found()), seen()), 67.0049505),
     "detections": (1, lambda: checksum(*tasks.detections(*found(), iou_threshold=0.5)[1]), 165.537974),
     "diabetes": (1, lambda: of_data(tasks.diabetes()), 52.873351),
+    "digit_classifier": (1, judged, 0.0621),
     "digit_denoiser": (1, learned, 0.183),
+    "digit_distance": (1, apart, 1.0),
     "digit_images": (1, lambda: sum(checksum(*tasks.digit_images(size)) for size in (8, 16)), 301.802472),
     "digit_sets": (1, lambda: sum(map(of_data, tasks.digit_sets(SEEDS, 5, test=5))), 7.9469941),
+    "digit_student": (1, fitted_to_digits, 0.0039),
     "digits": (1, lambda: of_data(tasks.digits()), 156.544383),
+    "distil": (1, lambda: of_model(distilled()), 0.335753055),
     "energy_distance": (1, lambda: checksum(tasks.energy_distance(*points())), 0.280254589),
     "face_collages": (1, lambda: of_parts(tasks.face_collages(SEEDS, 1, pairs=True)), 303.663519),
     "fit": (1, lambda: of_model(trained()), -10.1835211),
     "fit_denoiser": (1, lambda: of_model(denoiser()), -0.856620435),
     "fit_tokens": (1, learned_tokens, 0.00707),
     "flip_labels": (1, lambda: checksum(*tasks.flip_labels(targets(), 0.3, SEEDS)), -7.60400379),
+    "frechet_distance": (1, lambda: checksum(tasks.frechet_distance(points()[0], points()[1][0])), 0.878211688),
     "gaussian_blobs": (1, lambda: of_parts(tasks.gaussian_blobs(SEEDS, 20, classes=3, dimensions=4)), 5.97976999),
+    "generated": (1, lambda: checksum(tasks.generated(torch.sin, SEEDS)), -57.9260391),
     "hide_positives": (1, lambda: checksum(tasks.hide_positives(torch.ones(50, 3), 0.5, SEEDS)), -10.3780266),
     "linear_regression_prompts": (
         1,
@@ -179,6 +225,8 @@ GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
         lambda: checksum(tasks.pair_error(tasks.texts_of(languages())(50, SEEDS.torch("texts")), languages())),
         24.3479205,
     ),
+    "ring_denoiser": (1, fitted_to_the_ring, 0.00354),
+    "ring_distance": (1, lambda: checksum(tasks.ring_distance(points()[0][..., :2].float(), SEEDS)), 0.805951687),
     "shape_scenes": (1, lambda: of_parts(seen()), -79.1263889),
     "sliced_wasserstein": (1, lambda: checksum(tasks.sliced_wasserstein(*points())), 0.538888169),
     "small_cnn": (1, lambda: of_model(tasks.small_cnn(3, generator=SEEDS.torch("init")[0])), 1.77439147),
@@ -195,6 +243,7 @@ GOLDEN: dict[str, tuple[int, Callable[[], float], float]] = {
         lambda: of_model(tasks.transformer_detector(generator=SEEDS.torch("init")[0], inputs=4)),
         -21.4314973,
     ),
+    "uneven_ring": (1, lambda: of_parts(tasks.uneven_ring()), 0.778118523),
     "wine": (1, lambda: of_data(tasks.wine()), 5.09965637),
     "winequality_red": (1, lambda: of_data(tasks.winequality_red()), 42.7299721),
     "worst_group_accuracy": (

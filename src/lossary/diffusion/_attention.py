@@ -1,6 +1,6 @@
-"""diffusers' attention with the maps in sight: what a processor needs that reads or edits them.
+"""diffusers' attention in three parts, of which a processor may replace the middle one.
 
-unet.set_attn_processor(processor)  # whose __call__ ends in attend(attn, hidden_states, ..., edit=...)
+unet.set_attn_processor(processor)  # whose __call__ asks for inputs, attends, and returns outputs; or ends in attend
 """
 
 from collections.abc import Callable
@@ -11,6 +11,64 @@ from torch import Tensor
 
 Edit = Callable[[Tensor], Tensor]
 """edit(maps (batch, heads, pixels, tokens), probabilities) -> maps of the same shape."""
+
+
+def inputs(
+    attn: Any,
+    hidden_states: Float[Tensor, "batch pixels width"] | Float[Tensor, "batch width height columns"],
+    encoder_hidden_states: Float[Tensor, "batch tokens wide"] | None = None,
+    attention_mask: Tensor | None = None,
+    temb: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries (batch, heads, pixels, d), keys and values (batch, heads, tokens, d), and what is added to scores.
+
+    Args:
+        attn: a `diffusers.models.attention_processor.Attention`.
+        hidden_states, encoder_hidden_states, attention_mask, temb: as diffusers calls a processor; without encoder
+            states it is self-attention.
+
+    Returns:
+        After the layer's norms and projections; the mask is None, or fits (batch, heads, pixels, tokens).
+
+    Raises:
+        ValueError: states that are neither a sequence nor pictures, or a layer with keys of its own for the text,
+            which wants another processor.
+    """
+    if attn.add_k_proj is not None:
+        raise ValueError("attn: expected a layer without added_kv_proj_dim, got one with")
+    if hidden_states.ndim not in (3, 4):
+        raise ValueError(f"hidden_states: expected 3 or 4 dimensions, got shape {tuple(hidden_states.shape)}")
+    states = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+    if states.ndim == 4:
+        states = states.flatten(2).mT
+    if attn.group_norm is not None:
+        states = attn.group_norm(states.mT).mT
+    query = _split(attn, attn.to_q(states), attn.norm_q)
+    if encoder_hidden_states is None:
+        key, value = _keys_and_values(attn, states)
+    else:
+        key, value = keys_and_values(attn, encoder_hidden_states)
+    mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
+    return query, key, value, None if mask is None else mask.view(len(key), attn.heads, -1, mask.shape[-1])
+
+
+def keys_and_values(attn: Any, text: Float[Tensor, "batch tokens wide"]) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values (batch, heads, tokens, d) of a text, after its norms."""
+    return _keys_and_values(attn, text if attn.norm_cross is None else attn.norm_encoder_hidden_states(text))
+
+
+def outputs(
+    attn: Any,
+    found: Float[Tensor, "batch heads pixels d"],
+    hidden_states: Float[Tensor, "batch pixels width"] | Float[Tensor, "batch width height columns"],
+) -> Tensor:
+    """What a layer returns, of the shape of `hidden_states`: what was found, projected; residual and rescaling."""
+    output = attn.to_out[1](attn.to_out[0](found.transpose(1, 2).flatten(2)))
+    if hidden_states.ndim == 4:
+        output = output.mT.unflatten(2, hidden_states.shape[2:])
+    if attn.residual_connection:
+        output = output + hidden_states
+    return output / attn.rescale_output_factor  # type: ignore[no-any-return]
 
 
 def attend(
@@ -27,41 +85,23 @@ def attend(
     With an edit that changes nothing it is what diffusers' default processor computes, out of fused kernels.
 
     Args:
-        attn: a `diffusers.models.attention_processor.Attention`.
-        hidden_states, encoder_hidden_states, attention_mask, temb: as diffusers calls a processor; without encoder
-            states it is self-attention.
+        attn, hidden_states, encoder_hidden_states, attention_mask, temb: as `inputs` takes them.
         edit: see `Edit`; called once. It may only look.
 
     Raises:
-        ValueError: a layer with keys of its own for the text, which wants another processor.
+        ValueError: what `inputs` refuses.
     """
-    if attn.add_k_proj is not None:
-        raise ValueError("attn: expected a layer without added_kv_proj_dim, got one with")
-    residual = hidden_states
-    if attn.spatial_norm is not None:
-        hidden_states = attn.spatial_norm(hidden_states, temb)
-    picture = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
-    if picture is not None:
-        hidden_states = hidden_states.flatten(2).mT
-    if attn.group_norm is not None:
-        hidden_states = attn.group_norm(hidden_states.mT).mT
-    context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    if encoder_hidden_states is not None and attn.norm_cross is not None:
-        context = attn.norm_encoder_hidden_states(context)
-    query, key, value = (
-        attn.head_to_batch_dim(project(states))
-        for project, states in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-    )
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-    attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-    maps = attn.get_attention_scores(query, key, attention_mask)
-    maps = edit(maps.unflatten(0, (len(context), -1))).flatten(0, 1)
-    output = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(maps @ value)))
-    if picture is not None:
-        output = output.mT.unflatten(2, picture)
-    if attn.residual_connection:
-        output = output + residual
-    return output / attn.rescale_output_factor  # type: ignore[no-any-return]
+    query, key, value, mask = inputs(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    flat = None if mask is None else mask.flatten(0, 1)
+    maps = attn.get_attention_scores(query.flatten(0, 1), key.flatten(0, 1), flat)
+    return outputs(attn, edit(maps.unflatten(0, query.shape[:2])) @ value, hidden_states)
+
+
+def _keys_and_values(attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+    return _split(attn, attn.to_k(states), attn.norm_k), _split(attn, attn.to_v(states), None)
+
+
+def _split(attn: Any, projected: Tensor, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """(batch, places, width) to (batch, heads, places, width / heads)."""
+    heads = projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return heads if norm is None else norm(heads)

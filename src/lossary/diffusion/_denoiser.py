@@ -31,19 +31,23 @@ def _factors(kind: Kind, t: Tensor, process: Process) -> tuple[Tensor, Tensor, T
     if kind == "score":
         return zero, -one, sigma
     if kind == "velocity":
-        return *process.rates(t), one
+        alpha_rate, sigma_rate, *_ = process.rates(t)
+        return alpha_rate, sigma_rate, one
     raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
 
 
 def to_clean(prediction: Tensor, x: Tensor, t: Tensor, process: Process, kind: Kind) -> Tensor:
-    """x_0 from a prediction at x_t; t has the leading dimensions of x. Noise tells nothing of it at alpha = 0."""
+    """x_0 from a prediction at x_t; t has the leading dimensions of x. Noise tells nothing of it at alpha = 0.
+
+    Of a process with a second end point x_t and a velocity are taken without that end's share.
+    """
     p, q, c = (over(f, x) for f in _factors(kind, t, process))
     alpha, sigma = over(process.alpha(t), x), over(process.sigma(t), x)
     return (sigma * c * prediction - q * x) / (sigma * p - q * alpha)
 
 
 def from_clean(clean: Tensor, x: Tensor, t: Tensor, process: Process, kind: Kind) -> Tensor:
-    """The prediction that says the same as this x_0 at x_t; sigma > 0 unless kind is "clean"."""
+    """The prediction that says the same as this x_0 at x_t; sigma > 0 unless kind is "clean". Ends as in `to_clean`."""
     if kind == "clean":
         return clean
     p, q, c = (over(f, x) for f in _factors(kind, t, process))
@@ -54,7 +58,8 @@ def from_clean(clean: Tensor, x: Tensor, t: Tensor, process: Process, kind: Kind
 class Denoiser(nn.Module):
     """A trained network as denoise(x, sigma, *conditions).
 
-    The network is called with (alpha x, t, *conditions) in its own dtype; the arithmetic around it is that of x.
+    The network is called with x_t = alpha x, or alpha x + end_weight end, in its own dtype, but with times in at
+    least single precision: in half the steps of a schedule run into each other. The arithmetic around it is that of x.
 
     Args:
         network: called as network(x_t, t (*batch), *conditions).
@@ -69,14 +74,21 @@ class Denoiser(nn.Module):
             raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
         self.network, self.process, self.kind = network, process, kind
 
-    def forward(self, x: Tensor, sigma: Tensor | float, *conditions: Any, **named: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor | float, *conditions: Any, end: Tensor | None = None, **named: Any
+    ) -> Tensor:
+        """x_0 of the shape of x; `end`, of that shape, is the second end point of a process that has one."""
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
         sigma = sigma.expand(x.shape[: max(1, sigma.ndim)])
         t = self.process.time(sigma)
-        x_t = over(self.process.alpha(t), x) * x
+        noisy = over(self.process.alpha(t), x) * x
+        x_t = self.process.ended(noisy, t, end)
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), x.dtype)
-        prediction = self.network(x_t.to(dtype), t.to(dtype), *conditions, **named)
-        return to_clean(prediction.to(x.dtype), x_t, t, self.process, self.kind)
+        times = t.to(torch.promote_types(dtype, torch.float32))
+        prediction = self.network(x_t.to(dtype), times, *conditions, **named).to(x.dtype)
+        if end is not None and self.kind == "velocity":
+            prediction = prediction - over(self.process.rates(t)[-1], x) * end
+        return to_clean(prediction, noisy, t, self.process, self.kind)
 
 
 class Counted:

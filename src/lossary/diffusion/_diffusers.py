@@ -31,7 +31,9 @@ except ImportError as error:
 
 _SAMPLERS = {s.__name__: s for s in (euler, heun, ancestral, dpm_solver_pp, sde, predictor_corrector)}
 
-# x_0 = a x_t + b output for each prediction type of diffusers: (a, b) from alpha and sigma.
+# x_0 = a x_t + b output for each prediction type of diffusers: (a, b) from alpha and sigma. It says what
+# `_denoiser.to_clean` says, and apart from it: that one finds its factors anew at each call, in tensors, which triples
+# the time of a step of Euler here, and for a flow it differentiates, which inference mode forbids.
 _CLEAN: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
     "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
     "sample": lambda alpha, sigma: (0, 1),
@@ -268,6 +270,10 @@ class DiffusersDenoiser(nn.Module):
         model: a `UNet2DModel`, `UNet2DConditionModel`, `DiTTransformer2DModel` or the like. Where it predicts a
             variance behind the mean, that is left out.
         scheduler: the one that it is trained with, for alphas and prediction type.
+
+    Raises:
+        ValueError: a scheduler of another kind, or one whose alphas end in pure noise without its
+            `rescale_betas_zero_snr`.
     """
 
     def __init__(self, model: nn.Module, scheduler: SchedulerMixin) -> None:

@@ -99,18 +99,26 @@ def stepwise(tokens: int, steps: Tensor) -> TokenProcess:
 
     def between(s: Tensor, t: Tensor) -> Tensor:
         if bool((s == 0).all()):
-            return cumulative[t.long()]
+            return cumulative.to(t.device)[t.long()]
         if not bool((t - s == 1).all()):
             raise ValueError("s: expected 0 or t - 1 in a stepwise process")
-        return steps.double()[s.long()]
+        return steps.to(s.device).double()[s.long()]
 
     return TokenProcess(tokens, states, between, cumulative[-1].mean(0))
 
 
 def draw(probabilities: Tensor, *, generator: Generator | None = None) -> Tensor:
     """Tokens (*batch) from probabilities (*batch, K), which need not be normalised; in double precision."""
-    flat = probabilities.double().flatten(0, -2)
-    return torch.multinomial(flat, 1, generator=generator).view(probabilities.shape[:-1])
+    return multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(probabilities.shape[:-1])
+
+
+def multinomial(weights: Tensor, n: int, *, generator: Generator | None = None) -> Tensor:
+    """n numbers out of K with replacement, (n,) or (batch, n), by weights (K,) or (batch, K) of any sum above 0.
+
+    They are drawn in double precision where the generator is, and brought to where the weights are.
+    """
+    there = weights.device if generator is None else generator.device
+    return torch.multinomial(weights.to(there).double(), n, replacement=True, generator=generator).to(weights.device)
 
 
 def ancestral_tokens(

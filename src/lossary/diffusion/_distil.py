@@ -11,28 +11,16 @@ from itertools import pairwise
 from typing import Any, Self
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import over
 from lossary.roles.procedure import Procedure
 
-Randomness = Generator | Sequence[Generator] | None
 Levels = Callable[[tuple[int, ...], Randomness], Tensor]
 """levels(shape, generator) -> noise levels of that shape."""
-
-
-def noise(like: Tensor | Sequence[int], generator: Randomness, *, kind: Callable[..., Tensor] = torch.randn) -> Tensor:
-    """Standard normal (or other) numbers shaped like a tensor; a sequence of generators has one for each replica.
-
-    They are drawn where the generator is, and brought to where the tensor is.
-    """
-    tensor = like if isinstance(like, Tensor) else torch.empty(tuple(like))
-    if isinstance(generator, Sequence):
-        return torch.stack([noise(part, g, kind=kind) for part, g in zip(tensor, generator, strict=True)])
-    device = tensor.device if generator is None else generator.device
-    return kind(tensor.shape, generator=generator, dtype=tensor.dtype, device=device).to(tensor.device)
 
 
 def batch_of(x: Tensor, generator: Randomness) -> tuple[int, ...]:

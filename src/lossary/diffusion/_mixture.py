@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from lossary.diffusion._discrete import multinomial
+from lossary.diffusion._noise import noise
 from lossary.diffusion._process import over
 
 
@@ -28,9 +30,9 @@ class Mixture:
 
     def sample(self, n: int, *, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n points (n, D) and their components (n,)."""
-        component = torch.multinomial(self.weights.double(), n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
-        return self.means[component] + self.scales[component, None] * noise, component
+        component = multinomial(self.weights, n, generator=generator)
+        around = noise(self.means.new_empty(n, self.means.shape[1]), generator)
+        return self.means[component] + self.scales[component, None] * around, component
 
     def component(self, c: int) -> "Mixture":
         """The Gaussian of one component: what a perfect condition leaves."""

@@ -37,21 +37,22 @@ class Process:
         """log(alpha^2 / sigma^2)."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
-    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """d alpha / dt and d sigma / dt."""
+    def rates(self, t: Tensor) -> tuple[Tensor, ...]:
+        """d alpha / dt, d sigma / dt and, where there is a second end point, d end_weight / dt."""
+        schedules = [f for f in (self.alpha, self.sigma, self.end_weight) if f is not None]
         with torch.enable_grad():
             t = t.detach().requires_grad_()
-            alpha, sigma = (torch.autograd.grad((f(t) + 0 * t).sum(), t)[0] for f in (self.alpha, self.sigma))
-        return alpha, sigma
+            return tuple(torch.autograd.grad((f(t) + 0 * t).sum(), t)[0] for f in schedules)
 
     def noised(self, clean: Tensor, noise: Tensor, t: Tensor, end: Tensor | None = None) -> Tensor:
         """x_t, of the shape of `clean`; t has its leading dimensions."""
-        x = over(self.alpha(t), clean) * clean + over(self.sigma(t), clean) * noise
-        if self.end_weight is not None:
-            if end is None:
-                raise ValueError("end: this process has a second end point, got None")
-            x = x + over(self.end_weight(t), clean) * end
-        return x
+        return self.ended(over(self.alpha(t), clean) * clean + over(self.sigma(t), clean) * noise, t, end)
+
+    def ended(self, x: Tensor, t: Tensor, end: Tensor | None) -> Tensor:
+        """x + end_weight end where the process has a second end point, else x."""
+        if (end is None) != (self.end_weight is None):
+            raise ValueError(f"end: this process has {'no' if self.end_weight is None else 'a'} second end point")
+        return x if end is None or self.end_weight is None else x + over(self.end_weight(t), x) * end
 
 
 def over(values: Tensor, like: Tensor) -> Tensor:
@@ -95,15 +96,35 @@ def flow() -> Process:
 
 
 def tabulated(alphas_cumprod: Tensor) -> Process:
-    """alpha^2 at the steps 0, 1, ..., T - 1 of a trained model; time is the step, linear between them in log sigma.
+    """alpha^2 at the steps 0, 1, ..., T - 1 of a trained model; time is the step.
+
+    Between the steps log(sigma / alpha) is linear in time. Before step 0 and after T - 1 alpha and sigma go on along
+    the same lines; noise levels outside the table, 0 and infinity among them, are met at the nearest end, 0 or T - 1.
 
     Args:
-        alphas_cumprod: (T,), falling, strictly between 0 and 1.
+        alphas_cumprod: (T,), T >= 2, falling, strictly between 0 and 1. At alpha 0 the noise level is infinite: a
+            table that ends in pure noise needs something small there, such as 2**-24.
+
+    Raises:
+        ValueError: another shape or other values.
     """
     table = alphas_cumprod.double()
+    if table.ndim != 1 or len(table) < 2:
+        raise ValueError(f"alphas_cumprod: expected shape (T,) with T >= 2, got {tuple(table.shape)}")
     ratios = ((1 - table) / table).sqrt().log()
-    if table.ndim != 1 or not bool((ratios.diff() > 0).all()):
-        raise ValueError("alphas_cumprod: expected falling values between 0 and 1")
+    outside = table[~ratios.isfinite()].tolist()
+    if outside:
+        raise ValueError(
+            f"alphas_cumprod: expected values strictly between 0 and 1, got {outside[0]:g};"
+            " in the place of a 0 at the end put something small, such as 2**-24"
+        )
+    rises = (ratios.diff() <= 0).nonzero().flatten().tolist()
+    if rises:
+        here, after = table[rises[0]], table[rises[0] + 1]
+        raise ValueError(
+            f"alphas_cumprod: expected falling values, got {here:g} and then {after:g};"
+            " the table is the product of 1 - beta over the steps up to each"
+        )
 
     def log_ratio(t: Tensor) -> Tensor:
         grid = ratios.to(t.device)

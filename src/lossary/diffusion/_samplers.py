@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from lossary.diffusion._denoiser import Denoise
+from lossary.diffusion._noise import noise
 from lossary.diffusion._process import Process
 
 
@@ -63,7 +64,7 @@ def ancestral(
         clean = denoise(x, sigma)
         x = clean + (x - clean) * (down / sigma)
         if up > 0:
-            x = x + up * _noise(x, generator)
+            x = x + up * noise(x, generator)
     return x
 
 
@@ -87,7 +88,7 @@ def sde(denoise: Denoise, x: Tensor, sigmas: Tensor, *, generator: Generator | N
         share = 1 - (lower / sigma) ** 2
         x = x + share * (denoise(x, sigma) - x)
         if lower > 0:
-            x = x + sigma * math.sqrt(share) * _noise(x, generator)
+            x = x + sigma * math.sqrt(share) * noise(x, generator)
     return x
 
 
@@ -105,7 +106,7 @@ def predictor_corrector(
         x = sde(denoise, x, torch.tensor([sigma, lower], dtype=torch.float64), generator=generator)
         for _ in range(corrections if lower > 0 else 0):
             x = x + step_size * (denoise(x, lower) - x)
-            x = x + lower * math.sqrt(2 * step_size) * _noise(x, generator)
+            x = x + lower * math.sqrt(2 * step_size) * noise(x, generator)
     return x
 
 
@@ -119,7 +120,3 @@ def _steps(sigmas: Tensor) -> Iterator[tuple[float, float]]:
 def _shown(levels: object) -> str:
     text = str(levels)
     return text if len(text) < 60 else text[:57] + "..."
-
-
-def _noise(x: Tensor, generator: Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 from lossary import require
 from lossary.diffusion._denoiser import Denoise, denoising_error
 from lossary.diffusion._discrete import draw
+from lossary.diffusion._noise import noise
 from lossary.diffusion._process import Process, over
 from lossary.diffusion._samplers import ancestral
 from lossary.paper import Paper
@@ -88,7 +89,13 @@ class ContinuousBFN:
 
     @torch.no_grad()
     def sample(
-        self, denoise: Denoise, shape: tuple[int, ...], *, steps: int, generator: Generator | None = None
+        self,
+        denoise: Denoise,
+        shape: tuple[int, ...],
+        *,
+        steps: int,
+        generator: Generator | None = None,
+        device: torch.device | str = "cpu",
     ) -> Float[Tensor, "*batch_and_data"]:
         """Beliefs after `steps` messages about the network's own guesses; `steps` evaluations.
 
@@ -97,8 +104,8 @@ class ContinuousBFN:
         """
         require.whole("steps", steps, at_least=1)
         sigmas = torch.cat([self.process.ratio(torch.arange(1, steps + 1).double() / steps), torch.zeros(1)])
-        x = sigmas[0].item() * torch.randn(shape, generator=generator)  # the first message, about a guess of 0
-        return ancestral(denoise, x, sigmas, generator=generator)
+        first = sigmas[0].item() * noise(torch.empty(shape, device=device), generator)  # message, about a guess of 0
+        return ancestral(denoise, first, sigmas, generator=generator)
 
 
 class DiscreteBFN:
@@ -205,10 +212,9 @@ class DiscreteBFN:
         return tokens
 
     def _message(self, tokens: Tensor, alpha: Tensor, generator: Generator | None) -> Tensor:
-        shape = (*tokens.shape, self.tokens)
-        noise = torch.randn(shape, generator=generator, dtype=alpha.dtype, device=tokens.device)
+        around = noise(alpha.new_empty(*tokens.shape, self.tokens), generator)
         centre = self.tokens * F.one_hot(tokens, self.tokens) - 1
-        return over(alpha, noise) * centre + over((self.tokens * alpha).sqrt(), noise) * noise
+        return over(alpha, around) * centre + over((self.tokens * alpha).sqrt(), around) * around
 
     def _check(self, clean: Tensor, t: Tensor) -> None:
         require.integers("clean", clean)

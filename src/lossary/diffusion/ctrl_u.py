@@ -7,6 +7,7 @@ the difference U itself is charged, so that readings become consistent. For rewa
 certain; where the reward is exact it only weakens it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -91,10 +92,11 @@ def uncertainty_aware_reward_loss(
         other: second reading, of the shape of `input`.
         on: "classes" or "real".
         penalty: lambda, >= 0.
-        trust: factor of U, >= 0; 0 is the plain reward.
+        trust: factor of U, >= 0; the number 0 is the plain reward, also where U is infinite.
 
     Returns:
-        (*batch); 0 where the target is -1.
+        (*batch); 0 where the target is -1. Where U is infinite the reward counts nothing, however large L is: the value
+        is infinite, or 0 where the penalty is the number 0.
 
     Raises:
         ValueError: shapes, dtypes or numbers that do not fit.
@@ -105,14 +107,20 @@ def uncertainty_aware_reward_loss(
     """
     require.number("penalty", penalty, at_least=0.0)
     require.number("trust", trust, at_least=0.0)
-    uncertainty = trust * reading_disagreement(input, other, on=on)
+    uncertainty = _times(trust, reading_disagreement(input, other, on=on))
+    sure = uncertainty != math.inf
     if on == "classes":
         require.classes(input, target)
         flat = F.cross_entropy(input.flatten(0, -2), target.flatten(), reduction="none", ignore_index=-1)
-        values = (-uncertainty).exp() * flat.view(target.shape) + penalty * uncertainty
+        values = (-uncertainty).exp() * flat.view(target.shape).where(sure, 0.0) + _times(penalty, uncertainty)
         return values.where(target >= 0, 0.0)
     require.same_shape("target", target, tuple(input.shape))
-    return (-uncertainty).exp() * (input - target).square() + penalty * uncertainty
+    return (-uncertainty).exp() * (input - target).square().where(sure, 0.0) + _times(penalty, uncertainty)
+
+
+def _times(factor: float, values: Tensor) -> Tensor:
+    """The product, where the number 0 times infinity is 0."""
+    return torch.zeros_like(values) if not isinstance(factor, Tensor) and factor == 0 else factor * values
 
 
 class CtrlULoss(nn.Module):

@@ -215,10 +215,15 @@ class D3PM:
 
     @torch.no_grad()
     def sample(
-        self, predict: Logits, shape: tuple[int, ...], *, generator: Generator | None = None
+        self,
+        predict: Logits,
+        shape: tuple[int, ...],
+        *,
+        generator: Generator | None = None,
+        device: torch.device | str = "cpu",
     ) -> Int[Tensor, "*batch length"]:
         """Tokens of shape (*batch, L), from x_T down: T evaluations."""
-        x = draw(self.process.prior.expand(*shape, -1), generator=generator)
+        x = draw(self.process.prior.to(device).expand(*shape, -1), generator=generator)
         for step in range(self.steps, 0, -1):
             t = torch.full(shape[:-1], step, device=x.device)
             x = draw(self.reverse(predict(x, t), x, t), generator=generator)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lossary import require
-from lossary.diffusion._distil import Randomness, noise
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import over
 from lossary.paper import Paper
 

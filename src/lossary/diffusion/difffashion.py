@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
+from lossary.diffusion._noise import noise
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -213,18 +214,14 @@ def structure_appearance_guidance(
     require.whole("pasted", pasted)
     require.whole("changing", changing)
     source, previous = loss.source, loss.source
-
-    def noise() -> Tensor:
-        return torch.randn(source.shape, generator=generator, dtype=source.dtype, device=source.device)
-
-    x = loss.reference + levels[0] * noise()
+    x = loss.reference + levels[0] * noise(source, generator)
     for step, (sigma, lower) in enumerate(pairwise(levels)):
         alpha, after = 1 / math.sqrt(1 + sigma**2), 1 / math.sqrt(1 + lower**2)
         share = (lower / sigma) ** 2
         variance = lower**2 * (1 - share)
         for again in range(restarts if step == 0 else 1):
             if again:
-                x = x + math.sqrt(sigma**2 - lower**2) * noise()
+                x = x + math.sqrt(sigma**2 - lower**2) * noise(source, generator)
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 clean = denoise(x, sigma)
@@ -234,9 +231,9 @@ def structure_appearance_guidance(
             x, clean, previous = x.detach(), clean.detach(), seen.detach()
             x = clean + share * (x - clean) - (after / alpha) * variance * slope
             if variance > 0:
-                x = x + math.sqrt(variance) * noise()
+                x = x + math.sqrt(variance) * noise(source, generator)
         if loss.mask is not None and 0 < step <= pasted:
-            x = torch.where(loss.mask.bool(), x, source + lower * noise())
+            x = torch.where(loss.mask.bool(), x, source + lower * noise(source, generator))
     return x
 
 

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
+from lossary.diffusion._noise import noise
 from lossary.diffusion._process import Process
 from lossary.diffusion._samplers import ancestral
 from lossary.diffusion._tokens import embedded, square_root
@@ -174,5 +175,5 @@ def decode_embeddings(
     times = torch.linspace(0.99, 0, steps + 1, dtype=torch.float64)[:-1]
     sigmas = torch.cat([noise_factor_process(1.0).ratio(times), torch.zeros(1)])
     weight = embedding.weight
-    noise = torch.randn(*shape, weight.shape[-1], generator=generator, dtype=weight.dtype, device=weight.device)
-    return embedding.logits(ancestral(denoise, sigmas[0].item() * noise, sigmas, generator=generator)).argmax(-1)
+    start = noise(weight.new_empty(*shape, weight.shape[-1]), generator)
+    return embedding.logits(ancestral(denoise, sigmas[0].item() * start, sigmas, generator=generator)).argmax(-1)

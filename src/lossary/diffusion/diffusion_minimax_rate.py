@@ -9,12 +9,12 @@ smoothed by a bandwidth that shrinks at the right rate, which shows what early s
 
 from typing import Literal, Self
 
-import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lossary import require
 from lossary.diffusion._mixture import Mixture
+from lossary.diffusion._noise import noise
 from lossary.diffusion._samplers import heun, karras_sigmas
 from lossary.paper import Paper
 
@@ -66,6 +66,7 @@ def empirical_rate(sizes: Float[Tensor, " levels"], errors: Float[Tensor, "*batc
     Raises:
         ValueError: shapes that do not fit.
 
+    >>> import torch
     >>> empirical_rate(torch.tensor([10.0, 100.0, 1000.0]), torch.tensor([8.0, 4.0, 2.0])).item()
     0.30103...
     """
@@ -94,6 +95,7 @@ class KernelScoreDiffusion:
     Raises:
         ValueError: an argument out of range, data of a wrong shape, or use before `fit`.
 
+    >>> import torch
     >>> x = torch.linspace(-1.5, 1.5, 64)[:, None]
     >>> round(KernelScoreDiffusion(2.5).fit(x).bandwidth_, 4)  # 64^(-1/6) of the standard deviation, times 0.5
     0.2217
@@ -127,8 +129,7 @@ class KernelScoreDiffusion:
         law = self._law()
         spread = law.means.var(0).mean().sqrt().item()
         sigmas = karras_sigmas(steps, low=0.002 * spread, high=20 * spread)
-        shape = (n, law.means.shape[1])
-        start = torch.randn(shape, generator=generator, dtype=law.means.dtype, device=law.means.device)
+        start = noise(law.means.new_empty(n, law.means.shape[1]), generator)
         return heun(law.denoise, law.means.mean(0) + sigmas[0].item() * start, sigmas)
 
     def _law(self) -> Mixture:

@@ -18,6 +18,8 @@ from torch import Generator, Tensor
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
+from lossary.diffusion._discrete import multinomial
+from lossary.diffusion._noise import noise
 from lossary.diffusion._samplers import heun
 from lossary.paper import Paper
 
@@ -103,7 +105,7 @@ def multinomial_resample(
     n = log_weights.shape[-1]
     flat = log_weights.double().reshape(-1, n)
     dead = (flat == -torch.inf).all(-1, keepdim=True)
-    chosen = torch.multinomial(flat.masked_fill(dead, 0.0).softmax(-1), n, replacement=True, generator=generator)
+    chosen = multinomial(flat.masked_fill(dead, 0.0).softmax(-1), n, generator=generator)
     stay = torch.arange(n, device=flat.device)
     return torch.where(dead, stay, chosen).view(log_weights.shape)
 
@@ -169,8 +171,7 @@ class ParticleFilterSampler:
                 before = torch.where(before == -torch.inf, 0.0, before)
                 raised = sigma * math.sqrt(2)
             if raised > sigma:
-                noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-                x = x + math.sqrt(raised**2 - sigma**2) * noise
+                x = x + math.sqrt(raised**2 - sigma**2) * noise(x, generator)
             x = heun(denoise, x, torch.tensor([raised, lower], dtype=torch.float64))
         if not self.keep_best:
             return x

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from lossary import require
+from lossary.diffusion._discrete import multinomial
+from lossary.diffusion._noise import noise
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -110,10 +112,11 @@ def sample_molrg(
     """
     require.floating("bases", bases, dims=3)
     require.whole("n", n, at_least=1)
-    chance = torch.tensor([1.0] * len(bases) if weights is None else list(weights), dtype=torch.float64)
-    k = torch.multinomial(chance, n, replacement=True, generator=generator)
-    a = torch.randn(n, bases.shape[-1], generator=generator, dtype=bases.dtype)
-    return torch.einsum("nDd,nd->nD", bases[k.to(bases.device)], a.to(bases.device)), k
+    given = [1.0] * len(bases) if weights is None else list(weights)
+    chance = torch.tensor(given, dtype=torch.float64, device=bases.device)
+    k = multinomial(chance, n, generator=generator)
+    a = noise(bases.new_empty(n, bases.shape[-1]), generator)
+    return torch.einsum("nDd,nd->nD", bases[k], a), k
 
 
 def subspace_recovery_error(

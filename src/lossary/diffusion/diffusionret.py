@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lossary import require
-from lossary.diffusion._distil import Randomness, noise
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import Process, cosine, over
 from lossary.diffusion._samplers import euler, process_sigmas
 from lossary.paper import Paper

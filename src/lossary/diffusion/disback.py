@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lossary import require
-from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation
+from lossary.diffusion._distil import Frozen, Levels, ScoreDistillation
+from lossary.diffusion._noise import Randomness
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -72,13 +73,13 @@ def degradation_path(
     """
     require.whole("every", every, at_least=1)
     recording = ScoreDistillation(generator, None, teacher, levels=levels)
-    steps, path = optimizer(recording.fake.parameters()), [_frozen(teacher)]
+    steps, path = optimizer(recording.fake.parameters()), [Frozen(teacher).network]
     for k, batch in enumerate(batches, 1):
         steps.zero_grad()
         recording.objective("fake", batch, step=k - 1, generator=random).mean(-1).sum().backward()
         steps.step()
         if k % every == 0:
-            path.append(_frozen(recording.fake))
+            path.append(Frozen(recording.fake).network)
     if len(path) == 1:
         raise ValueError(f"batches: expected at least every = {every}, got fewer")
     return path
@@ -141,7 +142,3 @@ class _Path(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
         return self.nodes[self.now](x, sigma, *condition)  # type: ignore[no-any-return]
-
-
-def _frozen(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).requires_grad_(False).eval()

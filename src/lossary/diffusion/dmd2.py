@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, batch_of, conditions, falling, karras_levels, needed, noise
+from lossary.diffusion._distil import Levels, batch_of, conditions, falling, karras_levels, needed
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import over
 from lossary.diffusion.dmd import DistributionMatchingDistillation
 from lossary.paper import Paper

@@ -11,6 +11,7 @@ steps they take; `truncated_gumbel_probabilities` says by how much.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Generator, Tensor
 
 from lossary import require
 from lossary.diffusion._discrete import Predict, draw
+from lossary.diffusion._noise import noise
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -79,13 +81,13 @@ def first_hitting(
     require.whole("mask", mask)
     require.whole("per_call", per_call, at_least=1)
     left, rows = (x == mask).sum(-1), torch.arange(len(x), device=x.device)
-    place = torch.rand(x.shape, generator=generator, dtype=torch.float64, device=x.device)
+    place = noise(torch.empty(x.shape, dtype=torch.float64, device=x.device), generator, kind=torch.rand)
     order = place.masked_fill(x != mask, 2.0).argsort(-1)  # the masked places first, in the order in which they fall
     share = torch.ones(len(x), dtype=torch.float64, device=x.device)
     for start in range(0, int(left.max()) if len(x) else 0, per_call):
         tokens, filled = None, x.clone()
         for k in range(start, min(start + per_call, x.shape[1])):
-            chance = torch.rand(len(x), generator=generator, dtype=torch.float64, device=x.device)
+            chance = noise(share, generator, kind=torch.rand)
             share = share * chance ** (1 / (left - k).clamp(min=1))
             if tokens is None:
                 tokens = predict(x, share if time is None else time(share))
@@ -111,8 +113,9 @@ def mask_uniformly(
     require.integers("clean", clean)
     require.whole("mask", mask)
     length = clean.shape[-1]
-    rank = torch.rand(clean.shape, generator=generator, device=clean.device).argsort(-1).argsort(-1)
-    count = torch.randint(1, length + 1, clean.shape[:-1], generator=generator, device=clean.device)
+    place = noise(torch.empty(clean.shape, device=clean.device), generator, kind=torch.rand)
+    rank = place.argsort(-1).argsort(-1)
+    count = noise(clean.new_empty(clean.shape[:-1]), generator, kind=partial(torch.randint, 1, length + 1))
     return torch.where(rank < count[..., None], mask, clean)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lossary import require
-from lossary.diffusion._distil import Randomness, noise
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import Process, over, variance_preserving
 from lossary.diffusion._samplers import euler, process_sigmas
 from lossary.paper import Paper

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from lossary import require
 from lossary.diffusion._discrete import draw
+from lossary.diffusion._noise import noise as normal
 from lossary.diffusion._tokens import square_root
 from lossary.paper import Paper
 
@@ -194,8 +195,7 @@ def soft_masked_sample(
     for t, lower in pairwise(times):
         here = x.shape[:-2]
         words = draw(predict(x, t.to(x.device).expand(here)).softmax(-1), generator=generator)
-        fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        x = noise.noised(embed(words), importance(words), lower.to(x.device).expand(here), fresh)
+        x = noise.noised(embed(words), importance(words), lower.to(x.device).expand(here), normal(x, generator))
     return words
 
 

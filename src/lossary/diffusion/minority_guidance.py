@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
+from lossary.diffusion._noise import noise
 from lossary.diffusion._process import over
 from lossary.paper import Paper
 
@@ -76,8 +77,7 @@ def minority_score(
     require.whole("data_dims", dims, at_least=1, at_most=clean.ndim)
     total: Any = 0.0
     for _ in range(draws):
-        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
-        found = denoise(clean + sigma * noise, sigma)
+        found = denoise(clean + sigma * noise(clean, generator), sigma)
         gap = (found - clean).flatten(clean.ndim - dims).norm(dim=-1) if distance is None else distance(clean, found)
         total = total + gap
     return total / draws  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Randomness, noise
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import Process, over
 from lossary.diffusion._samplers import ancestral
 from lossary.paper import Paper

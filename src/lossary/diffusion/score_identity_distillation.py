@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, conditions, karras_levels
+from lossary.diffusion._distil import Levels, ScoreDistillation, conditions, karras_levels
+from lossary.diffusion._noise import Randomness
 from lossary.paper import Paper
 
 PAPER = Paper(

@@ -18,7 +18,8 @@ from torch import Generator, Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, log_uniform, noise, pushed
+from lossary.diffusion._distil import Levels, log_uniform, pushed
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import over
 from lossary.paper import Paper
 

@@ -10,6 +10,7 @@ probabilities of the clean tokens over e^sigma - 1: `order_agnostic_loss` learns
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ from torch import Generator, Tensor
 
 from lossary import require
 from lossary.diffusion._discrete import draw
+from lossary.diffusion._noise import noise
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -79,7 +81,7 @@ class AbsorbingGraph:
 
     def noised(self, clean: Tensor, sigma: Tensor, *, generator: Generator | None = None) -> Tensor:
         """x_t of tokens (*batch, L) at total noise (*batch)."""
-        chance = torch.rand(clean.shape, generator=generator, device=clean.device)
+        chance = noise(torch.empty(clean.shape, dtype=torch.float64, device=clean.device), generator, kind=torch.rand)
         return torch.where(chance < -(-sigma[..., None]).expm1(), self.tokens, clean)
 
     def incoming(self, x: Tensor) -> Tensor:
@@ -129,8 +131,8 @@ class UniformGraph:
         return torch.full((self.tokens,), 1 / self.tokens, dtype=torch.float64)
 
     def noised(self, clean: Tensor, sigma: Tensor, *, generator: Generator | None = None) -> Tensor:
-        chance = torch.rand(clean.shape, generator=generator, device=clean.device)
-        anew = torch.randint(self.tokens, clean.shape, generator=generator, device=clean.device)
+        chance = noise(torch.empty(clean.shape, dtype=torch.float64, device=clean.device), generator, kind=torch.rand)
+        anew = noise(clean, generator, kind=partial(torch.randint, self.tokens))
         return torch.where(chance < -(-sigma[..., None]).expm1(), anew, clean)
 
     def incoming(self, x: Tensor) -> Tensor:
@@ -222,9 +224,11 @@ class SEDDSampler:
         self.graph, self.method = graph, method
         self.times = torch.linspace(1, eps, steps + 1, dtype=torch.float64)
 
-    def start(self, shape: tuple[int, ...], *, generator: Generator | None = None) -> Int[Tensor, "*batch length"]:
+    def start(
+        self, shape: tuple[int, ...], *, generator: Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Int[Tensor, "*batch length"]:
         """x of the last time."""
-        return draw(self.graph.prior().expand(*shape, -1), generator=generator)
+        return draw(self.graph.prior().to(device).expand(*shape, -1), generator=generator)
 
     @torch.no_grad()
     def __call__(

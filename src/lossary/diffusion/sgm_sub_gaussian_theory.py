@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lossary import require
+from lossary.diffusion._discrete import multinomial
+from lossary.diffusion._noise import noise
 from lossary.diffusion._process import over
 from lossary.paper import Paper
 
@@ -66,7 +68,7 @@ def mehler_score(
     require.whole("samples", samples, at_least=2)
     if samples % 2:
         raise ValueError(f"samples: expected an even number, got {samples}")
-    half = torch.randn(samples // 2, 1, x.shape[1], generator=generator, dtype=x.dtype, device=x.device)
+    half = noise(x.new_empty(samples // 2, 1, x.shape[1]), generator)
     draws = torch.cat([half, -half])
     alpha, s = _levels(x.new_tensor(t))
     weight = tilt(alpha * x + s * draws).softmax(0).unsqueeze(-1)
@@ -107,14 +109,14 @@ class RidgeTilt:
 
     def sample(self, n: int, *, generator: Generator | None = None) -> Float[Tensor, "n d"]:
         """Exact up to a grid of 4096 places along w."""
-        grid = torch.linspace(-self.reach, self.reach, 4097, dtype=torch.float64)
+        w = self.direction
+        grid = torch.linspace(-self.reach, self.reach, 4097, dtype=torch.float64, device=w.device)
         middle = (grid[1:] + grid[:-1]) / 2
         mass = (self.tilt(middle) - 0.5 * middle.square()).softmax(0)
-        cell = torch.multinomial(mass, n, replacement=True, generator=generator)
-        u = middle[cell] + (torch.rand(n, generator=generator, dtype=torch.float64) - 0.5) * (grid[1] - grid[0])
-        x = torch.randn(n, len(self.direction), generator=generator, dtype=self.direction.dtype)
-        along = x @ self.direction.to(x)
-        return (x + (u.to(x) - along).unsqueeze(-1) * self.direction.to(x)).to(self.direction.device)
+        cell = multinomial(mass, n, generator=generator)
+        u = middle[cell] + (noise(middle.new_empty(n), generator, kind=torch.rand) - 0.5) * (grid[1] - grid[0])
+        x = noise(w.new_empty(n, len(w)), generator)
+        return x + (u.to(x) - x @ w).unsqueeze(-1) * w
 
     def score(self, x: Float[Tensor, "*batch d"], t: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch d"]:
         """At times t > 0, (*batch), by quadrature along w: Mehler's formula in one dimension."""

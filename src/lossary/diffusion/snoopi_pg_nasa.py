@@ -6,7 +6,6 @@ only blurs, is steered away from a negative prompt inside its cross-attention: w
 negative prompt is subtracted from what they take from the prompt. The second needs no training and hardly any time.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lossary import require
+from lossary.diffusion._attention import inputs, keys_and_values, outputs
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import Levels, Randomness, ScoreDistillation, needed, noise, pushed
+from lossary.diffusion._distil import Levels, ScoreDistillation, needed, pushed
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import over
 from lossary.paper import Paper
 
@@ -180,7 +181,8 @@ class NegativeAwaySteerAttention:
         alpha: see `negative_away_attention`.
 
     Raises:
-        ValueError: a negative prompt of another shape; in use, a layer that attends to itself.
+        ValueError: a negative prompt of another shape; in use, a layer that attends to itself or has keys of its own
+            for the text.
 
     >>> NegativeAwaySteerAttention(torch.zeros(1, 77, 768)).alpha
     0.2
@@ -201,41 +203,10 @@ class NegativeAwaySteerAttention:
     ) -> Tensor:
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states: expected a prompt, as only cross-attention is steered")
-        if hidden_states.ndim not in (3, 4):
-            raise ValueError(f"hidden_states: expected 3 or 4 dimensions, got shape {tuple(hidden_states.shape)}")
-        batch, heads = len(hidden_states), attn.heads
-        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
-        if x.ndim == 4:
-            x = x.flatten(2).mT
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.mT).mT
-        prompt, negative = encoder_hidden_states, self.negative.to(encoder_hidden_states)
-        negative = negative.expand(batch, -1, -1)
-        if attn.norm_cross:
-            prompt, negative = (attn.norm_encoder_hidden_states(p) for p in (prompt, negative))
-
-        def split(x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-            x = x.reshape(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2)
-            return x if norm is None else norm(x)
-
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, prompt.shape[1], batch)
-            attention_mask = attention_mask.view(batch, heads, -1, attention_mask.shape[-1])
-        found = negative_away_attention(
-            split(attn.to_q(x), attn.norm_q),
-            split(attn.to_k(prompt), attn.norm_k),
-            split(attn.to_v(prompt)),
-            split(attn.to_k(negative), attn.norm_k),
-            split(attn.to_v(negative)),
-            alpha=self.alpha,
-            mask=attention_mask,
-        )
-        found = attn.to_out[1](attn.to_out[0](found.transpose(1, 2).flatten(2)))
-        if hidden_states.ndim == 4:
-            found = found.mT.reshape(hidden_states.shape)
-        if attn.residual_connection:
-            found = found + hidden_states
-        return found / attn.rescale_output_factor  # type: ignore[no-any-return]
+        query, key, value, mask = inputs(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        away = keys_and_values(attn, self.negative.to(encoder_hidden_states).expand(len(query), -1, -1))
+        found = negative_away_attention(query, key, value, *away, alpha=self.alpha, mask=mask)
+        return outputs(attn, found, hidden_states)
 
 
 def steer_away(model: Any, negative: Float[Tensor, "batch tokens features"], *, alpha: float = 0.2) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lossary import require
+from lossary.diffusion._noise import noise
 from lossary.diffusion._process import over
 from lossary.paper import Paper
 
@@ -163,8 +164,8 @@ def target_score_estimate(
     require.number("sigma", sigma, above=0.0)
     require.number("mixing", mixing)
     require.whole("samples", samples, at_least=1)
-    noise = torch.randn(samples, *x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    guess = (x - sigma * noise) / alpha
+    drawn = noise(x.new_empty(samples, *x.shape), generator)
+    guess = (x - sigma * drawn) / alpha
     levels = torch.tensor([alpha, sigma], dtype=x.dtype, device=x.device).view(2, 1, 1).expand(2, samples, len(x))
-    target = mixed_score_target(clean_score(guess), noise, alpha=levels[0], sigma=levels[1], mixing=mixing)
+    target = mixed_score_target(clean_score(guess), drawn, alpha=levels[0], sigma=levels[1], mixing=mixing)
     return (log_density(guess).softmax(0)[..., None] * target).sum(0)

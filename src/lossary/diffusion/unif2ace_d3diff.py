@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from lossary import require
+from lossary.diffusion._noise import noise
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -159,8 +160,7 @@ class TokenSequenceMoE(nn.Module):
         self, h: Tensor, task: Task, features: tuple[Tensor, Tensor] | None, generator: Generator | None
     ) -> Tensor:
         if task == "generation":
-            noise = torch.randn(h.shape, generator=generator, dtype=h.dtype, device=h.device)
-            ways = [h, torch.zeros_like(h), self.kept[0] * h + (1 - self.kept[0]) * noise]
+            ways = [h, torch.zeros_like(h), self.kept[0] * h + (1 - self.kept[0]) * noise(h, generator)]
         else:
             seen = [
                 F.scaled_dot_product_attention(h, key(f), value(f))

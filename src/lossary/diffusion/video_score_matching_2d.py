@@ -17,17 +17,8 @@ from torch import Tensor, nn
 
 from lossary import require
 from lossary.diffusion._denoiser import Denoise
-from lossary.diffusion._distil import (
-    Frozen,
-    Levels,
-    Randomness,
-    batch_of,
-    conditions,
-    falling,
-    karras_levels,
-    needed,
-    noise,
-)
+from lossary.diffusion._distil import Frozen, Levels, batch_of, conditions, falling, karras_levels, needed
+from lossary.diffusion._noise import Randomness, noise
 from lossary.diffusion._process import over
 from lossary.diffusion.dmd import DistributionMatchingDistillation
 from lossary.diffusion.dmd2 import backward_simulation, few_step_samples

@@ -27,6 +27,8 @@ def loss(
 ) -> Callable[[P], P]:
     """Mark a loss.
 
+    A class may have `build(labels, batch_size, **hyper)`: a comparison then sets it up from the training labels.
+
     Args:
         on: what the target is: "classes" (logits with classes last, class numbers), "multilabel" (logits and
             0/1 targets of the same shape) or "real" (numbers and numbers). Names the battery's fixture and the

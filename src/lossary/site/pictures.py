@@ -10,7 +10,7 @@ from lossary import cached, catalogue
 from lossary.catalogue import Entry
 from lossary.site.library import Snapshot
 
-LIMIT = 300.0  # seconds for the pictures of one paper
+LIMIT = 600.0  # seconds for the pictures of one paper, and a network of its claims that is trained first
 _one = asyncio.Lock()  # at a time
 
 

@@ -22,13 +22,18 @@ _EXPORTS = {
         " grid_points shape_scenes train_detector trained_detector transformer_detector"
     ),
     "diffusion": (
-        "Unet digit_denoiser digit_images energy_distance fit_denoiser sliced_wasserstein stacked_denoiser v_error"
+        "Tally distil drawn_from energy_distance fit_denoiser generated ring_denoiser"
+        " ring_distance sliced_wasserstein stacked_denoiser uneven_ring v_error"
     ),
     "faces": "FaceScenes face_candidates face_collages face_networks",
     "measures": (
         "accuracy auroc balanced_accuracy log_loss mean_average_precision top_hessian_eigenvalue worst_group_accuracy"
     ),
     "models": "StackedLinear StackedMLP small_cnn stacked_mlp",
+    "pictures": (
+        "Unet digit_classifier digit_denoiser digit_distance digit_images digit_student digit_teacher drawn_digits"
+        " frechet_distance sheet"
+    ),
     "seeds": "Seeds",
     "synthetic": (
         "Blobs Masks Prompts Scenes blurred_masks crowded_boxes digit_sets flip_labels gaussian_blobs"

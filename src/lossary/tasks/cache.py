@@ -30,6 +30,7 @@ def trained(build: Callable[[], nn.Module], train: Callable[[nn.Module], None], 
     try:
         network.load_state_dict(torch.load(path, weights_only=True))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # none, or a torn one, which is replaced
-        train(network)
+        with torch.enable_grad():  # whoever asks may be measuring
+            train(network)
         cached.keep(path, lambda draft: torch.save(network.state_dict(), draft))
     return network.eval().requires_grad_(False)

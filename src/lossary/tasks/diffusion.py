@@ -1,19 +1,21 @@
-"""What claims about diffusion share: small denoisers, their training, and distances between samples."""
+"""What claims about diffusion share: small denoisers, their training and distillation, distances between samples."""
 
+import copy
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from lossary import require
 from lossary.diffusion._denoiser import Denoise, Denoiser, denoising_error
+from lossary.diffusion._distil import ScoreDistillation
+from lossary.diffusion._mixture import Mixture, ring
 from lossary.diffusion._process import Process, cosine, over
+from lossary.roles.procedure import Procedure, advance
 from lossary.tasks import task
-from lossary.tasks.cache import trained
-from lossary.tasks.data import digits, mnist5k
 from lossary.tasks.models import StackedMLP, stacked_mlp
 from lossary.tasks.seeds import Seeds
 from lossary.tasks.training import minimise, spread_times
@@ -36,7 +38,7 @@ class StackedDenoiserNet(nn.Module):
         self.mlp, self.conditions = mlp, conditions
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        inputs = [x, waves(over(t, x[..., 0]).expand(x.shape[:-1]))]
+        inputs = [x, waves(over(t, x[..., 0]).expand(x.shape[:-1])).to(x.dtype)]
         if self.conditions:
             missing = torch.zeros(*x.shape[:-1], self.conditions, dtype=x.dtype, device=x.device)
             inputs.append(missing if condition is None else condition.to(x.dtype))
@@ -107,106 +109,6 @@ def fit_denoiser(
     minimise(objective, denoise.parameters(), steps=steps, lr=lr)
 
 
-class _Block(nn.Module):
-    """Twice norm, SiLU and convolution, around a shift by the embedding."""
-
-    def __init__(self, wide: int, narrow: int, embedding: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.GroupNorm(8, wide), nn.GroupNorm(8, narrow)])
-        self.convs = nn.ModuleList([nn.Conv2d(wide, narrow, 3, padding=1), nn.Conv2d(narrow, narrow, 3, padding=1)])
-        self.shift = nn.Linear(embedding, narrow)
-        self.through = nn.Conv2d(wide, narrow, 1) if wide != narrow else nn.Identity()
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.convs[0](F.silu(self.norms[0](x))) + self.shift(embedding)[..., None, None]
-        return self.through(x) + self.convs[1](F.silu(self.norms[1](h)))  # type: ignore[no-any-return]
-
-
-class Unet(nn.Module):
-    """network(x_t (B, 1, H, W), t (B,), label (B,) or None) -> (B, 1, H, W): two levels, with a concatenated skip each.
-
-    Label `classes`, or None, is no label. `ups` take what comes from below with the skip of their level behind it.
-    """
-
-    def __init__(self, *, classes: int = 10, channels: int = 16, colours: int = 1) -> None:
-        super().__init__()
-        wide = 2 * channels
-        self.classes = classes
-        self.label = nn.Embedding(classes + 1, wide)
-        self.time = nn.Sequential(nn.Linear(2 * HARMONICS, wide), nn.SiLU(), nn.Linear(wide, wide))
-        self.first = nn.Conv2d(colours, channels, 3, padding=1)
-        self.downs = nn.ModuleList([_Block(channels, channels, wide), _Block(channels, wide, wide)])
-        self.middle = _Block(wide, wide, wide)
-        self.ups = nn.ModuleList([_Block(2 * wide, wide, wide), _Block(wide + channels, channels, wide)])
-        self.last = nn.Sequential(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, colours, 3, padding=1))
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        t = t.expand(len(x))
-        label = torch.full((len(x),), self.classes, device=x.device) if label is None else label
-        embedding = F.silu(self.time(waves(t)) + self.label(label))
-        h, skips = self.first(x), []
-        for down in self.downs:
-            h = down(h, embedding)
-            skips.append(h)
-            h = F.avg_pool2d(h, 2)
-        h = self.middle(h, embedding)
-        for up in self.ups:
-            h = F.interpolate(h, scale_factor=2)
-            h = up(torch.cat([h, skips.pop()], dim=1), embedding)
-        return self.last(h)  # type: ignore[no-any-return]
-
-
-@task(version=1)
-def digit_images(size: int = 8) -> tuple[Tensor, Tensor]:
-    """Digits as pictures (N, 1, size, size) from -1 to 1, and their classes: 1797 of 8x8, or 5000 of 16x16."""
-    require.one_of("size", size, (8, 16))
-    data = digits() if size == 8 else mnist5k()
-    side = math.isqrt(data.x[0].numel())
-    x = data.x.reshape(-1, 1, side, side)
-    x = (x - x.min()) / (x.max() - x.min())
-    if size == 16:
-        x = F.avg_pool2d(F.pad(x, (2, 2, 2, 2)), 2)
-    return 2 * x - 1, data.y.long()
-
-
-@task(version=1)
-def digit_denoiser(*, size: int = 8, steps: int = 1000, channels: int = 16, held_out: float = 0.0) -> Denoiser:
-    """denoise(x (B, 1, size, size), sigma (, label)): a small U-Net, trained once on real digits and kept on disk.
-
-    It predicts v under `cosine`; one label in ten is dropped in training, so it also serves without.
-
-    Args:
-        size: 8 or 16.
-        steps: of Adam at batch 128.
-        channels: of the first level.
-        held_out: the last share of the pictures is not trained on.
-    """
-
-    def build() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return Denoiser(Unet(channels=channels), cosine(), "v")
-
-    def train(denoise: nn.Module) -> None:
-        g = torch.Generator().manual_seed(1)
-        x, y = digit_images(size)
-        kept = round(len(x) * (1 - held_out))
-        process: Any = denoise.process
-
-        def objective() -> Tensor:
-            rows = torch.randint(kept, (128,), generator=g)
-            label = torch.where(torch.rand(128, generator=g) < 0.1, 10, y[rows])
-            (place,) = spread_times(128, [g], dtype=torch.float32)
-            sigma = process.ratio(EDGE + (1 - 2 * EDGE) * place)
-            noise = torch.randn(128, 1, size, size, generator=g)
-            return v_error(denoise, x[rows], sigma, noise, label).mean()
-
-        minimise(objective, denoise.parameters(), steps=steps, lr=2e-3)
-
-    key = f"digits {size}, {steps} steps, {channels} channels, {held_out:g} held out"
-    return trained(build, train, key=key)  # type: ignore[return-value]
-
-
 @task(version=1)
 def sliced_wasserstein(x: Tensor, y: Tensor, *, directions: int = 128, generator: Generator | None = None) -> Tensor:
     """W_1 between equally many points (*replicas, N, D), averaged over random directions: (*replicas)."""
@@ -222,3 +124,108 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| of points (*replicas, N, D) and (*replicas, M, D): (*replicas), >= 0."""
     across = torch.cdist(x, y).mean((-2, -1))
     return 2 * across - torch.cdist(x, x).mean((-2, -1)) - torch.cdist(y, y).mean((-2, -1))
+
+
+def drawn_from(mixture: Mixture) -> Draw:
+    """draw(batch, generators) -> points of the mixture, (S, B, D) in single precision, for `fit_denoiser`."""
+
+    def draw(batch: int, generators: Sequence[Generator]) -> tuple[Tensor]:
+        return (torch.stack([mixture.sample(batch, generator=g)[0] for g in generators]).float(),)
+
+    return draw
+
+
+@task(version=1)
+def uneven_ring() -> Mixture:
+    """Eight Gaussians in the plane, 0.12 wide, on a circle of radius 1.4; the last weighs four times the first."""
+    return ring(8, radius=1.4, scale=0.12, weights=torch.linspace(1, 4, 8, dtype=torch.float64))
+
+
+@task(version=1)
+def ring_denoiser(seeds: Seeds, *, steps: int = 500) -> Denoiser:
+    """A `stacked_denoiser` that was fitted to `uneven_ring` once; each call gives a copy, free to be trained on."""
+    return copy.deepcopy(_ring_denoiser(seeds, steps))
+
+
+@functools.cache
+def _ring_denoiser(seeds: Seeds, steps: int) -> Denoiser:
+    denoise = stacked_denoiser(2, seeds)
+    fit_denoiser(denoise, drawn_from(uneven_ring()), seeds=seeds, steps=seeds.few(steps, smoke=2))
+    return denoise
+
+
+@task(version=1)
+def distil(
+    procedure: Procedure,
+    batch: Callable[[Sequence[Generator]], Mapping[str, Tensor]],
+    *,
+    seeds: Seeds,
+    steps: int,
+    lr: float,
+) -> None:
+    """Train the players of a procedure in place, each with an Adam (betas 0 and 0.99) and a cosine decay to 0.
+
+    Args:
+        procedure: of stacked players; one whose turn never comes stays as it is.
+        batch: batch(generators) -> what its objective takes, one generator for each seed.
+        seeds: stream "distil", of the batches and of the procedure's own random numbers.
+        steps: of the procedure; the learning rates decay from one to the next, not within.
+        lr: of all players.
+    """
+    generators = seeds.torch("distil")
+    called = {name for step in range(steps) for name in procedure.turns(step)}
+    optimizers = {
+        name: torch.optim.Adam(player.parameters(), lr=lr, betas=(0.0, 0.99))
+        for name, player in procedure.players().items()
+        if name in called
+    }
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers.values()]
+    for step in range(steps):
+        advance(procedure, batch(generators), optimizers, step=step, generator=generators)
+        for schedule in schedules:
+            schedule.step()
+
+
+class Tally:
+    """Counts from now on what a distillation asks its networks: an evaluation for each sample (S, B, ...) of a seed.
+
+    Networks are the generator, the fake one, the teacher, perfect or not, and a discriminator's encoder.
+    """
+
+    def __init__(self, procedure: ScoreDistillation) -> None:
+        self._evaluations = 0
+        for name in ("generator", "fake", "teacher", "encoder"):
+            network = getattr(procedure, name, None)
+            if isinstance(network, nn.Module):
+                network.register_forward_pre_hook(lambda module, inputs: self._see(inputs[0]))
+            elif network is not None:
+                setattr(procedure, name, self._seen(network))
+
+    def _see(self, x: Tensor) -> None:
+        self._evaluations += x.shape[1]
+
+    def _seen(self, denoise: Denoise) -> Denoise:
+        def asked(x: Tensor, *rest: Any) -> Tensor:
+            self._see(x)
+            return denoise(x, *rest)
+
+        return asked
+
+    def taken(self) -> int:
+        """Evaluations of a seed since this was asked last."""
+        evaluations, self._evaluations = self._evaluations, 0
+        return evaluations
+
+
+@task(version=1)
+def generated(generate: Callable[[Tensor], Tensor], seeds: Seeds, *, dimension: int = 2) -> Tensor:
+    """What a generator makes of standard normals (S, 2000, dimension), 16 in a smoke run, of stream "latent"."""
+    n = seeds.few(2000, smoke=16)
+    with torch.no_grad():
+        return generate(torch.stack([torch.randn(n, dimension, generator=g) for g in seeds.torch("latent")]))
+
+
+@task(version=1)
+def ring_distance(found: Tensor, seeds: Seeds) -> Tensor:
+    """`sliced_wasserstein` from points (S, N, 2) to as many of `uneven_ring`, of stream "true": (S,)."""
+    return sliced_wasserstein(found, *drawn_from(uneven_ring())(found.shape[1], seeds.torch("true")))

@@ -60,6 +60,29 @@ def test_values_by_hand():
     assert real.item() == pytest.approx(4 * math.exp(-0.5) + 1.0)
 
 
+def test_an_infinite_disagreement():
+    """First: class 0 alone; second: both classes alike, so U is infinite. L is 0 for class 0, infinite for class 1."""
+    z = torch.tensor([[0.0, -math.inf], [0.0, 0.0]], dtype=torch.float64).expand(2, 2, 2).clone().requires_grad_()
+    first, second, target = z[:, 0], z[:, 1], torch.tensor([0, 1])
+
+    def found(**given):
+        return uncertainty_aware_reward_loss(first, target, other=second, **given)
+
+    plain = F.cross_entropy(first, target, reduction="none")
+    assert plain.tolist() == [0.0, math.inf]
+    assert torch.equal(found(trust=0.0), plain)
+    assert found().tolist() == [math.inf, math.inf]
+    assert found(penalty=0.0).tolist() == [0.0, 0.0]
+    (slope,) = torch.autograd.grad(found(trust=0.0)[0], z)
+    assert torch.equal(slope, torch.zeros_like(z))  # p is the target already, and the second reading does not count
+    near = torch.tensor([[0.0, -700.0]], dtype=torch.float64)  # U is 349.3, L 700
+    value = uncertainty_aware_reward_loss(near, target[1:], other=second[1:], penalty=0.0)
+    assert value.item() == pytest.approx(700 * math.exp(math.log(2) - 350), rel=1e-9)  # on its way to 0
+    a, b = torch.tensor([math.inf]), torch.tensor([1.0])
+    assert uncertainty_aware_reward_loss(a, b, other=b, on="real").item() == math.inf
+    assert uncertainty_aware_reward_loss(b, b, other=a, on="real", trust=0.0).item() == 0.0
+
+
 @pytest.mark.parametrize(("loss", "penalty"), [(5.0, 0.5), (0.3, 0.1), (0.2, 1.0)])
 def test_a_free_uncertainty_makes_large_losses_logarithmic(loss, penalty):
     """One number for U, by the squared error of 0 from sqrt(L) and a second reading U away."""

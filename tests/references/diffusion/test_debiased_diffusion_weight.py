@@ -1,11 +1,14 @@
-"""Debiased weight, against formulas as trainers write them, diffusers' own SNR, and one objective in three forms."""
+"""Debiased weight, against formulas as trainers write them, diffusers' own SNR, one objective in three forms, and a
+mixture's posterior mean."""
 
 import numpy as np
 import pytest
 import torch
 
 from lossary.diffusion import debiased_estimation_loss, snr_weight
-from lossary.diffusion._process import tabulated
+from lossary.diffusion._denoiser import from_clean
+from lossary.diffusion._mixture import Mixture
+from lossary.diffusion._process import cosine, tabulated
 
 KINDS = ("constant", "clean", "debiased", "min_snr", "soft_min_snr", "p2")
 
@@ -55,6 +58,34 @@ def test_one_objective_whatever_is_predicted(kind):
     charged = [snr_weight(snr, kind=kind, prediction=p) * error.square() for p, error in errors.items()]
     torch.testing.assert_close(charged[1], charged[0])
     torch.testing.assert_close(charged[2], charged[0])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "weight"),
+    [("noise", lambda snr: snr**-0.5), ("clean", lambda snr: snr**0.5), ("v", lambda snr: snr**0.5 / (1 + snr))],
+)
+def test_a_mixtures_posterior_mean_minimises_it(prediction, weight):
+    """Off it by h at all times, the expected loss, integrated exactly, is higher by h^2 times the mean weight."""
+    truth, process = Mixture(torch.tensor([[-1.0], [0.5]]).double(), 0.4, torch.tensor([1.0, 2.0])), cosine()
+    nodes, shares = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(60))
+    clean = (truth.means[:, None] + truth.scales[:, None, None] * nodes[:, None])[:, :, None]  # (2, 60, 1, 1)
+    probability = truth.weights[:, None, None] * shares[:, None] * shares / shares.sum() ** 2
+    clean, noise = clean.expand(2, 60, 60, 1).reshape(-1, 1), nodes.repeat(120)[:, None]
+    times = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
+    snr = process.log_snr(times).exp()
+
+    def expected(off):
+        losses = []
+        for t in times.expand(len(clean), 3).T:
+            x_t = process.noised(clean, noise, t)
+            mean = truth.denoise(x_t / process.alpha(t)[:, None], process.ratio(t))
+            best, target = (from_clean(x, x_t, t, process, prediction) for x in (mean, clean))
+            values = debiased_estimation_loss(best + off, target, snr=process.log_snr(t).exp(), prediction=prediction)
+            losses.append((probability.flatten() * values).sum())
+        return torch.stack(losses).mean().item()
+
+    for off in (-0.1, 0.1, 1.0):
+        assert expected(off) - expected(0.0) == pytest.approx(off**2 * weight(snr).mean().item(), rel=1e-4)
 
 
 def test_with_diffusers():

@@ -1,4 +1,4 @@
-"""Scheduled pseudo-Huber, against scipy's loss and the schedules as trainers write them."""
+"""Scheduled pseudo-Huber, against scipy's loss, the schedules as trainers write them, and a mixture's posterior."""
 
 import math
 
@@ -7,6 +7,8 @@ import torch
 from scipy.special import pseudo_huber
 
 from lossary.diffusion import exponential_delta, pseudo_huber_loss, scheduled_pseudo_huber_loss, snr_delta
+from lossary.diffusion._mixture import Mixture
+from lossary.diffusion._process import cosine
 
 
 @pytest.mark.parametrize("delta", [0.01, 0.7, 20.0])
@@ -60,6 +62,36 @@ def test_each_sample_has_its_delta():
         assert found[s].item() == pytest.approx(2 * pseudo_huber(delta[s].item(), r).mean(), rel=1e-5)
     found.mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_it_leads_from_a_mixtures_posterior_mean_to_its_median():
+    """One tenth of the data lies far off; x_t leaves open where it came from."""
+    truth = Mixture(torch.tensor([[0.0], [6.0]], dtype=torch.float64), 0.3, torch.tensor([0.9, 0.1]))
+    t = torch.tensor(0.8, dtype=torch.float64)
+    alpha, sigma, x_t = cosine().alpha(t), cosine().sigma(t), 1.4
+    clean = torch.linspace(-3, 9, 20_001, dtype=torch.float64)
+    noise = (x_t - alpha * clean) / sigma
+    posterior = (truth.log_density(clean[:, None]) - 0.5 * noise.square()).softmax(0)
+
+    def best(delta):
+        """Where the slope of the expected loss is 0."""
+        low, high = noise.min().item(), noise.max().item()
+        for _ in range(60):
+            guess = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
+            values = scheduled_pseudo_huber_loss(
+                guess.expand(len(noise), 1), noise[:, None], delta=torch.full_like(noise, delta)
+            )
+            (posterior * values).sum().backward()
+            low, high = (low, guess.item()) if guess.grad > 0 else (guess.item(), high)
+        return low
+
+    mean = truth.denoise(x_t / alpha[None, None], sigma / alpha).item()
+    assert best(1e4) == pytest.approx(((x_t - alpha * mean) / sigma).item(), abs=1e-6)
+    middle = noise[(posterior.cumsum(0) < 0.5).sum()].item()
+    assert best(1e-4) == pytest.approx(middle, abs=1e-3)
+    delta = exponential_delta(t, smallest=0.1).item()
+    pull = noise - best(delta)
+    assert (posterior * pull / (1 + (pull / 0.1**0.8).square()).sqrt()).sum().item() == pytest.approx(0, abs=1e-9)
 
 
 def test_refusals():

@@ -1,4 +1,5 @@
-"""Cauchy loss and company, against scipy, brute force, printed formulas and torch's own layer norm."""
+"""Cauchy loss and company, against scipy, brute force, printed formulas, torch's own layer norm, and a Gaussian's
+probability flow."""
 
 import itertools
 import math
@@ -17,7 +18,8 @@ from lossary.diffusion import (
     level_weights,
     transport_noise,
 )
-from lossary.diffusion._samplers import karras_sigmas
+from lossary.diffusion._mixture import Mixture
+from lossary.diffusion._samplers import heun, karras_sigmas
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -114,6 +116,45 @@ def test_the_model_starts_at_the_data_and_keeps_unit_scale():
     ConsistencyModel(lambda y, t: seen.extend([y, t]) or y)(x, s)
     torch.testing.assert_close(seen[0], x / (s**2 + 0.25).sqrt().view(-1, 1, 1))
     torch.testing.assert_close(seen[1], s.log() / 4)
+
+
+def test_the_exact_flow_of_a_gaussian_is_consistent():
+    """f = m + (x - m) (s^2 + lowest^2)^p / (s^2 + sigma^2)^p is constant along the flow for p = 1/2, and only there."""
+    mean, s, lowest = 0.7, 0.4, 0.002
+    truth = Mixture(torch.full((1, 3), mean, dtype=torch.float64), s)
+
+    def model_of(power):
+        def network(y, quarter):
+            sigma = (4 * quarter).exp()[:, None]
+            x = y * (sigma**2 + 0.25).sqrt()
+            wanted = mean + (x - mean) * ((s**2 + lowest**2) / (s**2 + sigma**2)) ** power
+            skip, out = 0.25 / ((sigma - lowest) ** 2 + 0.25), (sigma - lowest) * 0.5 / (sigma**2 + 0.25).sqrt()
+            return (wanted - skip * x) / out
+
+        return ConsistencyModel(network)
+
+    high = torch.tensor([0.5, 3.0, 40.0], dtype=torch.float64)
+    low = high / 2
+    above = torch.stack([truth.sample(1, generator=rng(i))[0][0] for i in range(3)])
+    above = above + high[:, None] * torch.randn(3, 3, generator=rng(9), dtype=torch.float64)
+    below = torch.cat(
+        [
+            heun(truth.denoise, x[None], torch.linspace(a, b, 1001))
+            for x, a, b in zip(above, high.tolist(), low.tolist())
+        ]
+    )
+    ends = {}
+    for power in (0.4, 0.5, 0.6):
+        model = model_of(power)
+        values = consistency_loss(model(above, high), model(below, low), gap=high - low, c=0.03)
+        ends[power] = values.tolist()
+    assert ends[0.5] == pytest.approx([0.0] * 3, abs=1e-8)
+    shrunk = (below - mean).square().mean(1) * (s**2 / (s**2 + low**2)) ** 1.2
+    apart = shrunk * (((s**2 + high**2) / (s**2 + low**2)) ** -0.1 - 1).square()
+    assert ends[0.6] == pytest.approx(((1 + apart / 0.0018).log() / low).tolist(), rel=1e-3)
+    assert min(ends[0.4]) > 1e-3
+    noise = 80 * torch.randn(4000, 3, generator=rng(), dtype=torch.float64)
+    assert model_of(0.5)(noise, 80.0).std().item() == pytest.approx(s, rel=0.02)
 
 
 def test_a_diffusers_network_serves():

@@ -13,6 +13,7 @@ from lossary.diffusion import (
     random_guidance_scale,
     steer_away,
 )
+from lossary.diffusion._mixture import Mixture
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -63,6 +64,37 @@ def test_both_are_guided_by_the_same_scale(scale):
     push = (-0.2 * x_t + scale * condition) / 0.49
     torch.testing.assert_close(values, push.square().sum(-1) / 2)
     torch.testing.assert_close(torch.autograd.grad(values.sum(), x)[0], push)
+
+
+class Exact(nn.Module):
+    """A mixture whose first two components are class 0 and whose others are class 1: its denoiser and densities."""
+
+    def __init__(self, means, scale):
+        super().__init__()
+        self.whole, *self.classes = (Mixture(part, scale) for part in (means, means[:2], means[2:]))
+
+    def forward(self, x, sigma, condition=None):
+        if condition is None:
+            return self.whole.denoise(x, sigma)
+        return torch.where(condition == 1, *(part.denoise(x, sigma) for part in self.classes[::-1]))
+
+    def log_density(self, x, sigma, condition, scale):
+        given = torch.where(condition[:, 0] == 1, *(part.log_density(x, sigma) for part in self.classes[::-1]))
+        return (1 - scale) * self.whole.log_density(x, sigma) + scale * given
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
+def test_the_push_is_the_gradient_of_sharpened_densities(scale):
+    """Of log q(x)^(1-k) q(x|c)^k less the same of the data, at noised samples: by autograd of exact log-densities."""
+    data, own = Exact(normals(4, 2), 0.4), Exact(normals(4, 2, seed=1), 0.6)
+    scales = random_guidance_scale(scale, scale)
+    procedure = ProperGuidanceDistillation(Shift(), own, data, levels=at(0.7), scales=scales)
+    x, x_t = normals(2, 50, 2, seed=2).requires_grad_().unbind()
+    sigma, condition = torch.full((50,), 0.7, dtype=torch.float64), torch.arange(50)[:, None] % 2
+    apart = own.log_density(x_t, sigma, condition, scale) - data.log_density(x_t, sigma, condition, scale)
+    values = procedure.generator_loss(x, x_t, sigma, {"condition": condition}, rng())
+    push, expected = (torch.autograd.grad(f.sum(), where)[0] for f, where in ((values, x), (apart, x_t)))
+    torch.testing.assert_close(push, expected)
 
 
 def test_null_and_negative_conditions():

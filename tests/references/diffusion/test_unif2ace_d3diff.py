@@ -1,11 +1,15 @@
-"""UniF2ace's loss against score entropy summed out, its experts against a loop over tokens."""
+"""UniF2ace's loss against score entropy summed out and a Markov chain's posterior, its experts against a loop over
+tokens."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from lossary.diffusion import TokenSequenceMoE, dual_discrete_diffusion_loss
+from lossary.diffusion._chain import random_chain
+from lossary.diffusion._discrete import absorbing
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -32,6 +36,26 @@ def test_the_loss_is_cross_entropy_and_score_entropy_summed_out(t):
         dual_discrete_diffusion_loss(logits, target, masked=nothing, t=torch.tensor([t], dtype=torch.float64)).item()
         == 0
     )
+
+
+def test_a_chains_posterior_minimises_it():
+    """Summed over all texts that fit what is seen: no slope, and the least value is entropy times 1 + a / t."""
+    chain = random_chain(3, 4, generator=rng())
+    x, t = torch.tensor([[3, 1, 3, 3]]), torch.tensor([0.6], dtype=torch.float64)
+    masked = x == 3
+    best = chain.predict(absorbing(3), x, t)
+    logits = torch.where(masked[..., None], best.log(), 0.0).requires_grad_()  # of what is seen, nothing is asked
+    texts = torch.tensor([c for c in itertools.product(range(3), repeat=4) if c[1] == 1])
+    chance = chain.log_prob(texts).softmax(0)
+    many = (len(texts), -1)
+    values = dual_discrete_diffusion_loss(
+        logits.expand(*many, -1), texts, masked=masked.expand(many), t=t.expand(len(texts)), weight=0.2
+    )
+    expected = (chance * values).sum()
+    expected.backward()
+    assert logits.grad.abs().max().item() < 1e-12
+    entropy = -(best * best.log()).sum(-1)[masked].mean()
+    assert expected.item() == pytest.approx((1 + 0.2 / 0.6) * entropy.item(), rel=1e-9)
 
 
 def test_default_weight_and_stacks():

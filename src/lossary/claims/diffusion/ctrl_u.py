@@ -18,7 +18,7 @@ from lossary.diffusion import CtrlULoss, reading_disagreement
 from lossary.diffusion._denoiser import Denoiser
 from lossary.diffusion._mixture import Mixture
 from lossary.diffusion._samplers import euler, karras_sigmas
-from lossary.tasks import auroc, fit_denoiser, sliced_wasserstein, stacked_denoiser, stacked_mlp
+from lossary.tasks import auroc, fit_denoiser, minimise, sliced_wasserstein, stacked_denoiser, stacked_mlp
 
 CLASSES, LABELS, THRESHOLD = 5, 6, 1.0
 WORLD = Mixture(0.9 * torch.randn(15, 4, generator=torch.Generator().manual_seed(7)), 0.25)
@@ -71,18 +71,15 @@ def _tuned(seeds: Seeds, *, weight: float, penalty: float, trust: float, lr: flo
     start, reward = begun(seeds)
     denoise, generators = copy.deepcopy(start), seeds.torch("tuning")
     loss = CtrlULoss(reward, threshold=THRESHOLD, weight=weight, penalty=penalty, trust=trust)
-    steps = seeds.few(150, smoke=2)
-    optimizer = torch.optim.Adam(denoise.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def objective() -> Tensor:
         x, condition = _data(64, generators)
         sigma = _levels(denoise, 64, generators, below=50.0)
         other = _levels(denoise, 64, generators, below=THRESHOLD)
         noise = torch.stack([torch.randn(64, 4, generator=g) for g in generators])
-        optimizer.zero_grad()
-        loss(denoise, x, condition.argmax(-1), sigma, other, noise, condition).mean(-1).sum().backward()
-        optimizer.step()
-        schedule.step()
+        return loss(denoise, x, condition.argmax(-1), sigma, other, noise, condition).mean(-1).sum()
+
+    minimise(objective, denoise.parameters(), steps=seeds.few(150, smoke=2), lr=lr)
     return denoise
 
 
@@ -120,7 +117,8 @@ AWARE, PLAIN = (
 def _compare(score, seeds: Seeds, *, better: str) -> Arms:
     score = partial(score, begun=cache(_start))  # the start is the same for all settings
     ours, theirs = (tune(score, grid, seeds, better=better) for grid in (AWARE, PLAIN))
-    return Arms(score(seeds, **ours), score(seeds, **theirs), {"method": ours, "baseline": theirs})
+    details = {"evaluations": 2 * [len(SIGMAS) - 1], "method": ours, "baseline": theirs}
+    return Arms(score(seeds, **ours), score(seeds, **theirs), details)
 
 
 @claim(

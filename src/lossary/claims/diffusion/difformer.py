@@ -21,6 +21,7 @@ from lossary.diffusion._process import over
 from lossary.tasks.tokens import chains, fit_tokens, pair_error, stacked_token_net, texts_of
 
 TOKENS, LENGTH, WIDTH = 8, 8, 8
+STEPS = 20  # evaluations of a sample
 RATES = (0.001, 0.003, 0.01)
 FULL = {"anchor": True, "normalise": True, "factor": 4.0}
 
@@ -55,7 +56,7 @@ def _pairs(seeds: Seeds, **setting: object) -> list[float]:
     model, languages = _trained(seeds, **setting)
     denoise = Denoiser(model.network, noise_factor_process(1.0), "clean")
     shape = (len(seeds), seeds.few(1000, smoke=8), LENGTH)
-    found = decode_embeddings(denoise, model.embedding, shape, generator=seeds.torch("draw")[0])
+    found = decode_embeddings(denoise, model.embedding, shape, steps=STEPS, generator=seeds.torch("draw")[0])
     return pair_error(found, languages).tolist()
 
 
@@ -63,7 +64,8 @@ def _compare(baseline: dict, seeds: Seeds) -> Arms:
     ours, theirs = (
         tune(_pairs, [{**arm, "lr": lr} for lr in RATES], seeds, better="lower") for arm in (FULL, baseline)
     )
-    return Arms(_pairs(seeds, **ours), _pairs(seeds, **theirs), {"method": ours, "baseline": theirs})
+    details = {"evaluations": [STEPS, STEPS], "method": ours, "baseline": theirs}
+    return Arms(_pairs(seeds, **ours), _pairs(seeds, **theirs), details)
 
 
 @claim(

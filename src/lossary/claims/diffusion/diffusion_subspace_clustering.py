@@ -12,6 +12,7 @@ from lossary.claims.draw import Panel
 from lossary.diffusion import MoLRGDenoiser, subspace_recovery_error
 from lossary.diffusion._denoiser import denoising_error
 from lossary.diffusion._samplers import euler, karras_sigmas
+from lossary.tasks import minimise
 
 DIMENSION = 48
 RANKS = (3, 4, 5, 6)
@@ -40,17 +41,14 @@ def _random(seeds: Seeds, number: int, rank: int) -> Tensor:
 
 
 def _trained(x: Tensor, number: int, rank: int, seeds: Seeds) -> MoLRGDenoiser:
-    steps, generators = seeds.few(500, smoke=2), seeds.torch("noise")
-    denoise = MoLRGDenoiser(_random(seeds, number, rank))
-    optimizer = torch.optim.Adam(denoise.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    denoise, generators = MoLRGDenoiser(_random(seeds, number, rank)), seeds.torch("noise")
+
+    def objective() -> Tensor:
         noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
         sigma = torch.stack([0.1 * 10 ** torch.rand(x.shape[1], generator=g) for g in generators])
-        optimizer.zero_grad()
-        denoising_error(denoise, x, sigma, noise).mean(-1).sum().backward()
-        optimizer.step()
-        schedule.step()
+        return denoising_error(denoise, x, sigma, noise).mean(-1).sum()
+
+    minimise(objective, denoise.parameters(), steps=seeds.few(500, smoke=2), lr=0.1)
     return denoise.requires_grad_(False)
 
 

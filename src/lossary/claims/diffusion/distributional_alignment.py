@@ -124,7 +124,8 @@ MEANS, MEANS_FULL = (_grid("means", adjusted, (0.1, 1.0)) for adjusted in (True,
 
 def _compare(score, method: list[dict], baseline: list[dict], seeds: Seeds, **fixed: float) -> Arms:
     ours, theirs = (tune(score, [s | fixed for s in grid], seeds, better="lower") for grid in (method, baseline))
-    return Arms(score(seeds, **ours), score(seeds, **theirs), {"method": ours, "baseline": theirs})
+    details = {"evaluations": 2 * [len(SIGMAS) - 1], "method": ours, "baseline": theirs}
+    return Arms(score(seeds, **ours), score(seeds, **theirs), details)
 
 
 @claim(

@@ -4,50 +4,40 @@ Modes are counted where nothing but the divergence counts: a Gaussian that must 
 ratios. Samples are compared on eight uneven Gaussians on a circle, with a discriminator, as in the paper.
 """
 
-import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lossary.claims import Arms, Seeds, claim, tune
 from lossary.claims.draw import Panel
 from lossary.diffusion import FDistillation, f_divergence, f_divergence_weight
-from lossary.diffusion._denoiser import Denoiser
 from lossary.diffusion._distil import OneStepGenerator, karras_levels, log_uniform
-from lossary.diffusion._mixture import Mixture, ring
-from lossary.roles.procedure import advance
-from lossary.tasks import fit_denoiser, sliced_wasserstein, stacked_denoiser, stacked_mlp
+from lossary.diffusion._mixture import Mixture
+from lossary.diffusion._noise import noise
+from lossary.tasks import (
+    Tally,
+    distil,
+    drawn_from,
+    generated,
+    ring_denoiser,
+    ring_distance,
+    stacked_mlp,
+    uneven_ring,
+)
 
-TRUTH = ring(8, radius=1.4, scale=0.12, weights=torch.linspace(1, 4, 8, dtype=torch.float64))
 LEVELS = karras_levels(0.02, 20.0, first=0.02, last=0.98)
 TWO = Mixture(torch.tensor([[-1.5, 0.0], [1.5, 0.0]], dtype=torch.float64), 0.5)
 RATES = (0.0005, 0.001, 0.002, 0.004)
 
 
-def _draw(n: int, generators: list[torch.Generator]) -> tuple[Tensor]:
-    return (torch.stack([TRUTH.sample(n, generator=g)[0] for g in generators]).float(),)
-
-
-def _normal(n: int, generators: list[torch.Generator], **to: object) -> Tensor:
-    return torch.stack([torch.randn(n, 2, generator=g, **to) for g in generators])
-
-
-@functools.cache
-def _fitted(seeds: Seeds) -> Denoiser:
-    """Trained once; whoever trains on takes a copy."""
-    denoise = stacked_denoiser(2, seeds)
-    fit_denoiser(denoise, _draw, seeds=seeds, steps=seeds.few(500, smoke=2))
-    return denoise
-
-
-def _distilled(seeds: Seeds, *, divergence: str, lr: float) -> FDistillation:
-    start = _fitted(seeds)
+def _distilled(seeds: Seeds, *, divergence: str, lr: float) -> tuple[FDistillation, Tally]:
+    truth = uneven_ring()
     procedure = FDistillation(
-        OneStepGenerator(copy.deepcopy(start)),
-        copy.deepcopy(start),
-        TRUTH.denoise,
+        OneStepGenerator(ring_denoiser(seeds)),
+        ring_denoiser(seeds),
+        truth.denoise,
         stacked_mlp((64, 1), seeds),
         "network.mlp.3",
         divergence=divergence,
@@ -57,25 +47,20 @@ def _distilled(seeds: Seeds, *, divergence: str, lr: float) -> FDistillation:
         gan_levels=LEVELS,
         fake_steps=3,
     )
-    steps, generators = seeds.few(150, smoke=2), seeds.torch("distil")
-    optimizers = {n: torch.optim.Adam(p.parameters(), lr=lr, betas=(0.0, 0.99)) for n, p in procedure.players().items()}
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, steps) for o in optimizers.values()]
-    for step in range(steps):
-        batch = {"latent": _normal(64, generators), "real": _draw(64, generators)[0]}
-        advance(procedure, batch, optimizers, step=step, generator=generators)
-        for schedule in schedules:
-            schedule.step()
-    return procedure
+    tally = Tally(procedure)
+
+    def batch(generators: Sequence[Generator]) -> dict[str, Tensor]:
+        return {"latent": noise((len(seeds), 64, 2), generators), "real": drawn_from(truth)(64, generators)[0]}
+
+    distil(procedure, batch, seeds=seeds, steps=seeds.few(150, smoke=2), lr=lr)
+    return procedure, tally
 
 
-def _samples(generate: Callable[[Tensor], Tensor], seeds: Seeds) -> Tensor:
-    with torch.no_grad():
-        return generate(_normal(seeds.few(2000, smoke=16), seeds.torch("latent")))
-
-
-def _distance(seeds: Seeds, **setting: object) -> list[float]:
-    found = _samples(_distilled(seeds, **setting), seeds)
-    return sliced_wasserstein(found, *_draw(found.shape[1], seeds.torch("true"))).tolist()
+def _distance(seeds: Seeds, **setting: object) -> tuple[list[float], float, int]:
+    """Distances to the data, the evaluations for a sample, and those of training."""
+    procedure, tally = _distilled(seeds, **setting)
+    training, x = tally.taken(), generated(procedure, seeds)
+    return ring_distance(x, seeds).tolist(), tally.taken() / x.shape[1], training
 
 
 @claim(
@@ -86,13 +71,14 @@ def _distance(seeds: Seeds, **setting: object) -> list[float]:
     scale="sliced W1; 8 Gaussians in 2-D, exact teacher, head on an MLP of 64, 150 steps of 64; 4 learning rates each",
 )
 def jensen_shannon_beats_reverse_kl(seeds: Seeds) -> Arms:
-    arms, details = [], {}
+    best, found = {}, []
     for divergence in ("jensen_shannon", "reverse_kl"):
         score = functools.partial(_distance, divergence=divergence)
-        best = tune(score, [{"lr": lr} for lr in RATES], seeds, better="lower")
-        details[divergence] = best
-        arms.append(score(seeds, **best))
-    return Arms(*arms, details)
+        grid = [{"lr": lr} for lr in RATES]
+        best[divergence] = tune(lambda *a, score=score, **setting: score(*a, **setting)[0], grid, seeds, better="lower")
+        found.append(score(seeds, **best[divergence]))
+    values, evaluations, training = zip(*found)
+    return Arms(*values, {"evaluations": list(evaluations), "training evaluations": list(training), **best})
 
 
 class _Gaussian(nn.Module):
@@ -100,8 +86,8 @@ class _Gaussian(nn.Module):
 
     def __init__(self, seeds: Seeds) -> None:
         super().__init__()
-        self.mean = nn.Parameter(_normal(1, seeds.torch("mean"), dtype=torch.float64))
-        self.log_scale = nn.Parameter(torch.zeros(len(seeds), 1, 2, dtype=torch.float64))
+        zeros = torch.zeros(len(seeds), 1, 2, dtype=torch.float64)
+        self.mean, self.log_scale = nn.Parameter(noise(zeros, seeds.torch("mean"))), nn.Parameter(zeros)
 
     def forward(self, latent: Tensor) -> Tensor:
         return self.mean + self.log_scale.exp() * latent
@@ -143,11 +129,11 @@ def _one_for_two(seeds: Seeds, divergence: str) -> Tensor:
     procedure = _Exact(gaussian, fake, TWO.denoise, nn.Identity(), "unused", **settings)
     optimizer, generators = torch.optim.Adam(gaussian.parameters(), lr=0.02), seeds.torch("distil")
     for step in range(seeds.few(400, smoke=2)):
-        batch = {"latent": _normal(128, generators, dtype=torch.float64)}
+        batch = {"latent": noise(gaussian.mean.expand(-1, 128, -1), generators)}
         optimizer.zero_grad()
         procedure.objective("generator", batch, step=step, generator=generators).mean(-1).sum().backward()
         optimizer.step()
-    return _samples(lambda latent: gaussian(latent.double()), seeds)
+    return generated(lambda latent: gaussian(latent.double()), seeds)
 
 
 def _mode_error(seeds: Seeds, divergence: str) -> list[float]:

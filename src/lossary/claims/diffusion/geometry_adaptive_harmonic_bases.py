@@ -14,12 +14,13 @@ from lossary.claims import Arms, Seeds, claim
 from lossary.claims.draw import Panel
 from lossary.diffusion import denoiser_jacobian_basis, score_convergence_test
 from lossary.diffusion._samplers import karras_sigmas
-from lossary.tasks import stacked_mlp
+from lossary.tasks import minimise, stacked_mlp
 
 LENGTH = 32
 PLACES = range(6, 27)
 LOW, HIGH = 0.05, 5.0
 NOISE = 0.3  # where bases and errors are measured
+STEPS = 40  # of ancestral sampling
 
 
 @cache
@@ -66,20 +67,17 @@ def _trained(seeds: Seeds, pool: Tensor, *, steps: int) -> nn.Module:
     for layer in network[::2]:
         nn.init.zeros_(layer.bias).requires_grad_(False)
     weights, generators = [layer.weight for layer in network[::2]], seeds.torch("training")
-    steps = seeds.few(steps, smoke=2)
-    optimizer = torch.optim.Adam(weights, lr=0.003)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def objective() -> Tensor:
         rows = [torch.randint(pool.shape[1], (64,), generator=g) for g in generators]
         clean = torch.stack([x[r] for x, r in zip(pool, rows)])
         place = torch.stack([torch.rand(64, 1, generator=g) for g in generators])
         noise = torch.stack([torch.randn(64, LENGTH, generator=g) for g in generators])
         sigma = LOW * (HIGH / LOW) ** place
         error = network(clean + sigma * noise) - sigma * noise
-        optimizer.zero_grad()
-        ((1 + sigma**-2) * error.square()).mean((1, 2)).sum().backward()
-        optimizer.step()
-        schedule.step()
+        return ((1 + sigma**-2) * error.square()).mean((1, 2)).sum()
+
+    minimise(objective, weights, steps=seeds.few(steps, smoke=2), lr=0.003)
     return network.requires_grad_(False)
 
 
@@ -98,7 +96,7 @@ def _converged(seeds: Seeds, n: int) -> list:
     for who in (seeds, _other(seeds)):
         pool = _signals(n, who.torch("pool"))
         pair.append((pool, _denoisers(_trained(who, pool, steps=600), who)))
-    sigmas = karras_sigmas(seeds.few(40, smoke=3), low=LOW, high=HIGH, rho=3.0)
+    sigmas = karras_sigmas(seeds.few(STEPS, smoke=3), low=LOW, high=HIGH, rho=3.0)
     found = []
     for s, g in enumerate(seeds.torch("start")):
         start = HIGH * torch.randn(seeds.few(200, smoke=8), LENGTH, generator=g)
@@ -124,7 +122,7 @@ def _new(found: list) -> list[float]:
 )
 def networks_of_disjoint_data_agree(seeds: Seeds) -> Arms:
     few, many = _converged(seeds, 20), _converged(seeds, 2000)
-    details = {"to nearest at 20": _new(few), "to nearest at 2000": _new(many)}
+    details = {"evaluations": [STEPS, STEPS], "to nearest at 20": _new(few), "to nearest at 2000": _new(many)}
     return Arms(_differ(many), _differ(few), details)
 
 
@@ -137,7 +135,7 @@ def networks_of_disjoint_data_agree(seeds: Seeds) -> Arms:
 )
 def samples_agree_without_being_copies(seeds: Seeds) -> Arms:
     found = _converged(seeds, 2000)
-    return Arms(_differ(found), _new(found))
+    return Arms(_differ(found), _new(found), {"evaluations": [STEPS, STEPS]})
 
 
 def _well_trained(seeds: Seeds) -> nn.Module:

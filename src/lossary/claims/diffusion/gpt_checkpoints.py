@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lossary.claims import Arms, Seeds, claim, tune
 from lossary.claims.draw import Panel
 from lossary.diffusion import CheckpointDiffusion, permute_hidden_units
-from lossary.tasks import stacked_mlp
+from lossary.tasks import minimise, stacked_mlp
 
 SIZES = (2, 8, 1)
 COUNT = 33
+STEPS = 50  # evaluations of an update
 SAVED = (0, 1, 2, 4, 7, 11, 16, 23, 32, 44, 60, 80)  # steps of Adam
 LEVELS = (0.1, 0.25, 0.4, 0.55)  # asked for below 0.65, in nats
 RATES = (0.0003, 0.001)
@@ -89,13 +90,11 @@ class _Network(nn.Module):
 def _trained(seeds: Seeds, *, lr: float, permute: bool = True) -> CheckpointDiffusion:
     checkpoints, losses = _runs(seeds)
     model = CheckpointDiffusion(_Network(seeds), scale=0.538 / checkpoints.std((1, 2, 3)).view(-1, 1, 1))
-    steps, batch = seeds.few(600, smoke=2), 64
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     pairs, generators = seeds.torch("pairs"), seeds.torch("diffusion")
     rows = torch.arange(len(seeds)).unsqueeze(1)
-    for _ in range(steps):
-        u = torch.stack([torch.rand(3, batch, generator=g) for g in pairs])
+
+    def objective() -> Tensor:
+        u = torch.stack([torch.rand(3, 64, generator=g) for g in pairs])
         run = (u[:, 0] * checkpoints.shape[1]).long()
         gap = 1 + (u[:, 1] * (len(SAVED) - 1)).long()
         first = (u[:, 2] * (len(SAVED) - gap)).long()
@@ -103,10 +102,9 @@ def _trained(seeds: Seeds, *, lr: float, permute: bool = True) -> CheckpointDiff
         if permute:
             theta, target = permute_hidden_units(theta, target, sizes=SIZES, generator=pairs)
         given = losses[rows, run, first], losses[rows, run, first + gap]
-        optimizer.zero_grad()
-        model.loss(theta, target, *given, generator=generators).mean(-1).sum().backward()
-        optimizer.step()
-        schedule.step()
+        return model.loss(theta, target, *given, generator=generators).mean(-1).sum()
+
+    minimise(objective, model.parameters(), steps=seeds.few(600, smoke=2), lr=lr)
     return model
 
 
@@ -114,7 +112,7 @@ def _updated(model: CheckpointDiffusion, seeds: Seeds, prompt: float) -> Tensor:
     """Losses (S, n) of unseen starts after one update."""
     theta = _starts(seeds, seeds.few(64, smoke=4), "unseen")
     loss = _losses(theta, seeds)
-    found = model.sample(theta, loss, torch.full_like(loss, prompt), generator=seeds.torch("update"))
+    found = model.sample(theta, loss, torch.full_like(loss, prompt), steps=STEPS, generator=seeds.torch("update"))
     return _losses(found, seeds)
 
 
@@ -145,7 +143,8 @@ def one_update_beats_ten_gradient_steps(seeds: Seeds) -> Arms:
     ours = tune(_sampled, SAMPLED, seeds, better="lower")
     theirs = tune(_descended, descent, seeds, better="lower")
     one = [tuple(_descended(seeds, lr=lr, steps=1)) for lr in (0.3, 1.0, 3.0, 10.0)]
-    details = {"method": ours, "baseline": theirs, "one gradient step": min(sum(row) / len(row) for row in one)}
+    details = {"evaluations": [STEPS, 0], "gradients of the network that is trained": [0, 10]}
+    details |= {"method": ours, "baseline": theirs, "one gradient step": min(sum(row) / len(row) for row in one)}
     return Arms(_sampled(seeds, **ours), _descended(seeds, **theirs), details)
 
 
@@ -161,7 +160,7 @@ def prompts_are_followed(seeds: Seeds) -> Arms:
     best = tune(_sampled, [{"lr": lr, "prompt": 0.0} for lr in RATES], seeds, better="lower")
     model = _trained(seeds, lr=best["lr"])
     rows = torch.stack([_updated(model, seeds, 0.65 - level).mean(-1) for level in LEVELS], dim=1)
-    return Arms(rows.tolist(), details={"lr": best["lr"]})
+    return Arms(rows.tolist(), details={"evaluations": STEPS, "lr": best["lr"]})
 
 
 @claim(
@@ -173,7 +172,8 @@ def prompts_are_followed(seeds: Seeds) -> Arms:
 def permuted_units_help(seeds: Seeds) -> Arms:
     grids = [[{"lr": lr, "prompt": 0.0, "permute": permute} for lr in RATES] for permute in (True, False)]
     ours, theirs = (tune(_sampled, grid, seeds, better="lower") for grid in grids)
-    return Arms(_sampled(seeds, **ours), _sampled(seeds, **theirs), {"method": ours, "baseline": theirs})
+    details = {"evaluations": [STEPS, STEPS], "method": ours, "baseline": theirs}
+    return Arms(_sampled(seeds, **ours), _sampled(seeds, **theirs), details)
 
 
 def draw(seeds: Seeds) -> list[Panel]:

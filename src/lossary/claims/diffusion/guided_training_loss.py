@@ -1,13 +1,18 @@
 """Guided training loss: does it forgive a wrong guidance scale, and is it better at the right one?
 
-Four classes of two overlapping Gaussians each, on a circle; the exact predictions are known. Guidance w means
-(1 + w) cond - w uncond. The baseline drops one condition in ten, as usual; both are charged the error of the noise.
-The guided loss evaluates the network twice for each sample, so the usual one takes twice the steps. The first two
-claims are registered anew with that: their first results, with as many steps for both, had been seen.
+Four classes of two overlapping Gaussians each, on a circle; the exact predictions are known. Then the ten classes of
+real digits, of 64 pixels; the distance of samples of all classes is Frechet's between features. Guidance w means
+(1 + w) cond - w uncond, both of them evaluated at each step, at w 0 as well. The baseline drops one condition in ten,
+as usual; both are charged the error of the noise. The guided loss evaluates the network twice for each sample, so the
+usual one takes twice the steps. The first two claims are registered anew with that: their first results, with as many
+steps for both, had been seen.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lossary.claims import Arms, Seeds, claim, tune
 from lossary.claims.draw import Panel
@@ -17,12 +22,14 @@ from lossary.diffusion._guidance import Guided, classifier_free
 from lossary.diffusion._mixture import Mixture, ring
 from lossary.diffusion._process import over
 from lossary.diffusion._samplers import euler, process_sigmas
-from lossary.tasks import fit_denoiser, sliced_wasserstein, stacked_denoiser
+from lossary.tasks import digit_distance, digit_images, fit_denoiser, sheet, sliced_wasserstein, stacked_denoiser
+from lossary.tasks.diffusion import Draw
 
 TRUTH = ring(8, radius=1.3, scale=0.3)
 CLASSES = 4
 RATES = (0.003, 0.01)
 STRENGTHS = (0.0, 1.0, 2.0, 4.0, 8.0)
+MANY, FEW = 20, 10  # steps of sampling
 
 
 def _class(c: int) -> Mixture:
@@ -35,34 +42,58 @@ def _plain(denoise: Denoiser, clean: Tensor, sigma: Tensor, noise: Tensor, condi
     return sigma**-2 * denoising_error(denoise, clean, sigma, noise, condition)
 
 
-def _trained(seeds: Seeds, *, guided: bool, lr: float) -> Denoiser:
-    denoise = stacked_denoiser(2, seeds, conditions=CLASSES)
+def _ring(n: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
+    """Points (S, n, 2) and their classes (S, n)."""
+    found = [TRUTH.sample(n, generator=g) for g in generators]
+    x, component = (torch.stack(parts) for parts in zip(*found))
+    return x.float(), component % CLASSES
 
-    def draw(n: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        found = [TRUTH.sample(n, generator=g) for g in generators]
-        x, component = (torch.stack(parts) for parts in zip(*found))
-        label = torch.nn.functional.one_hot(component % CLASSES, CLASSES).float()
+
+def _digits() -> Draw:
+    """Draws digits (S, n, 64) and their classes (S, n)."""
+    images, labels = digit_images()
+
+    def draw(n: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
+        rows = torch.stack([torch.randint(len(images), (n,), generator=g) for g in generators])
+        return images.flatten(1)[rows], labels[rows]
+
+    return draw
+
+
+def _trained(seeds: Seeds, *, guided: bool, lr: float, digits: bool = False) -> Denoiser:
+    size, hidden, classes, data = (64, (128, 128), 10, _digits()) if digits else (2, (64, 64), CLASSES, _ring)
+    denoise = stacked_denoiser(size, seeds, hidden=hidden, conditions=classes)
+
+    def draw(n: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
+        x, which = data(n, generators)
+        label = torch.nn.functional.one_hot(which, classes).float()
         kept = torch.stack([torch.rand(n, 1, generator=g) for g in generators]) >= 0.1
-        return x.float(), label if guided else label * kept
+        return x, label if guided else label * kept
 
     loss = guided_noise_loss if guided else _plain
-    steps = 400 if guided else 800  # as many evaluations
+    steps = (1 if guided else 2) * (500 if digits else 400)  # as many evaluations
     fit_denoiser(denoise, draw, seeds=seeds, steps=seeds.few(steps, smoke=2), lr=lr, loss=loss)
     return denoise
 
 
-def _samples(denoise: Denoiser, seeds: Seeds, *, w: float, evaluations: int) -> Tensor:
-    """(S, 4, n, 2) by DDIM."""
-    n = seeds.few(500, smoke=8)
-    label = torch.eye(CLASSES).repeat_interleave(n, 0).expand(len(seeds), -1, -1)
+def _samples(denoise: Denoiser, seeds: Seeds, *, w: float, steps: int, digits: bool = False) -> Tensor:
+    """(S, 4, n, 2), or (S, 10, n, 1, 8, 8), by DDIM."""
+    classes, n, shape = (10, 30, (1, 8, 8)) if digits else (CLASSES, 500, (2,))
+    n, bound = seeds.few(n), 1.0 if digits else math.inf  # of pixels, as is usual in sampling pictures
+    label = torch.eye(classes).repeat_interleave(n, 0).expand(len(seeds), -1, -1)
     guided = Guided(classifier_free(1 + w), lambda x, s: denoise(x, s, label), lambda x, s: denoise(x, s))
-    sigmas = process_sigmas(denoise.process, evaluations, first=0.99, last=0.01)
-    noise = torch.stack([torch.randn(CLASSES * n, 2, generator=g) for g in seeds.torch("start")])
+
+    def bounded(x: Tensor, sigma: float) -> Tensor:
+        return guided(x, sigma).clamp(-bound, bound)
+
+    sigmas = process_sigmas(denoise.process, steps, first=0.99, last=0.01)
+    start = [torch.randn(classes * n, math.prod(shape), generator=g) for g in seeds.torch("start")]
     with torch.no_grad():
-        return euler(guided, sigmas[0].item() * noise, sigmas).view(len(seeds), CLASSES, n, 2)
+        found = euler(bounded, sigmas[0].item() * torch.stack(start), sigmas)
+    return found.view(len(seeds), classes, n, *shape)
 
 
-def _distances(seeds: Seeds, *, strengths: tuple[float, ...], evaluations: int, **setting: object) -> Tensor:
+def _distances(seeds: Seeds, *, strengths: tuple[float, ...], steps: int, **setting: object) -> Tensor:
     """To each class, averaged: (S, strengths)."""
     denoise, rows = _trained(seeds, **setting), []
     n = seeds.few(500, smoke=8)
@@ -73,17 +104,32 @@ def _distances(seeds: Seeds, *, strengths: tuple[float, ...], evaluations: int, 
         ]
     )
     for w in strengths:
-        found = _samples(denoise, seeds, w=w, evaluations=evaluations)
+        found = _samples(denoise, seeds, w=w, steps=steps)
         rows.append(sliced_wasserstein(found, true).mean(-1))
     return torch.stack(rows, dim=-1)
 
 
 def _overall(seeds: Seeds, **setting: object) -> list[float]:
-    return _distances(seeds, strengths=STRENGTHS, evaluations=20, **setting).mean(-1).tolist()
+    return _distances(seeds, strengths=STRENGTHS, steps=MANY, **setting).mean(-1).tolist()
+
+
+def _overall_digits(seeds: Seeds, **setting: object) -> list[float]:
+    denoise = _trained(seeds, digits=True, **setting)
+    found = [_samples(denoise, seeds, w=w, steps=MANY, digits=True).flatten(1, 2) for w in STRENGTHS]
+    return torch.stack([digit_distance(x) for x in found]).mean(0).tolist()
 
 
 def _at_one(seeds: Seeds, *, w: float, **setting: object) -> list[float]:
-    return _distances(seeds, strengths=(w,), evaluations=10, **setting)[:, 0].tolist()
+    return _distances(seeds, strengths=(w,), steps=FEW, **setting)[:, 0].tolist()
+
+
+def _compare(score, grid: list[dict], seeds: Seeds, *, steps: int) -> Arms:
+    """The guided loss against the usual one; a step of sampling takes two evaluations."""
+    ours, theirs = (
+        tune(score, [{"guided": guided} | one for one in grid], seeds, better="lower") for guided in (True, False)
+    )
+    details = {"evaluations": [2 * steps, 2 * steps], "method": ours, "baseline": theirs}
+    return Arms(score(seeds, **ours), score(seeds, **theirs), details)
 
 
 @claim(
@@ -96,9 +142,20 @@ def _at_one(seeds: Seeds, *, w: float, **setting: object) -> list[float]:
     " evaluations; DDIM, 20 steps; 2 rates each",
 )
 def guided_loss_forgives_the_scale(seeds: Seeds) -> Arms:
-    grids = [[{"guided": guided, "lr": lr} for lr in RATES] for guided in (True, False)]
-    ours, theirs = (tune(_overall, grid, seeds, better="lower") for grid in grids)
-    return Arms(_overall(seeds, **ours), _overall(seeds, **theirs), {"method": ours, "baseline": theirs})
+    return _compare(_overall, [{"lr": lr} for lr in RATES], seeds, steps=MANY)
+
+
+@claim(
+    says="On real digits its samples are at most 0.8 times as far from the data, on average over w from 0 to 8, at the"
+    " same nominal w",
+    kind="ratio",
+    metric="sample distance",
+    margin=0.8,
+    scale="Frechet distance of 32 features, w in 0, 1, 2, 4, 8; 10 classes of digits 8x8, MLP of 128, loss w 1, 500"
+    " steps against 1000: equal evaluations; DDIM, 20 steps, 300 samples; 3 rates each",
+)
+def guided_loss_forgives_the_scale_on_digits(seeds: Seeds) -> Arms:
+    return _compare(_overall_digits, [{"lr": lr} for lr in (0.005, 0.015, 0.05)], seeds, steps=MANY)
 
 
 @claim(
@@ -110,9 +167,7 @@ def guided_loss_forgives_the_scale(seeds: Seeds) -> Arms:
     " 10 steps; 4 settings each",
 )
 def guided_loss_is_better_at_its_best_scale(seeds: Seeds) -> Arms:
-    grids = [[{"guided": guided, "lr": lr, "w": w} for lr in RATES for w in (0.0, 1.0)] for guided in (True, False)]
-    ours, theirs = (tune(_at_one, grid, seeds, better="lower") for grid in grids)
-    return Arms(_at_one(seeds, **ours), _at_one(seeds, **theirs), {"method": ours, "baseline": theirs})
+    return _compare(_at_one, [{"lr": lr, "w": w} for lr in RATES for w in (0.0, 1.0)], seeds, steps=FEW)
 
 
 @claim(
@@ -142,13 +197,16 @@ def guided_loss_rescales_guidance(seeds: Seeds) -> Arms:
 
 
 def draw(seeds: Seeds) -> list[Panel]:
-    """Samples of one class in 20 steps at growing guidance."""
+    """Samples of one class in 20 steps at growing guidance; two digits of each class at w 4."""
     one = seeds.one(0)
     true = _class(0).sample(400, generator=one.torch("true")[0])[0]
     panels = [Panel("the class", points=true.numpy())]
     for name, guided in (("usual loss", False), ("guided loss", True)):
         denoise = _trained(one, guided=guided, lr=0.01)
         for w in (1.0, 4.0):
-            found = _samples(denoise, one, w=w, evaluations=20)[0, 0, :400]
+            found = _samples(denoise, one, w=w, steps=MANY)[0, 0, :400]
             panels.append(Panel(f"{name}, w = {w:g}", points=found.numpy()))
+    for name, guided in (("usual loss", False), ("guided loss", True)):
+        found = _samples(_trained(one, guided=guided, lr=0.01, digits=True), one, w=4.0, steps=MANY, digits=True)
+        panels.append(Panel(f"{name}, w = 4", image=sheet(found[0, :, :2].transpose(0, 1).flatten(0, 1))))
     return panels

@@ -20,7 +20,7 @@ from lossary.claims.draw import Panel
 from lossary.diffusion import ReweightedPreferenceLoss, decompose_preference, spaced_gradients
 from lossary.diffusion._denoiser import Denoiser
 from lossary.diffusion._samplers import euler, karras_sigmas
-from lossary.tasks import auroc, fit_denoiser, sliced_wasserstein, stacked_denoiser, stacked_mlp
+from lossary.tasks import auroc, fit_denoiser, minimise, sliced_wasserstein, stacked_denoiser, stacked_mlp
 
 ATTRIBUTES, VALUES, SPREAD = 3, 3, 0.4
 ANGLE = torch.arange(VALUES) * (2 * torch.pi / VALUES)
@@ -69,10 +69,8 @@ class _Preference(nn.Module):
 def _taught(seeds: Seeds) -> _Preference:
     """Trained on choices between two points for a prompt, by logistic utility: matches and looks."""
     model, generators = _Preference(seeds), seeds.torch("choices")
-    steps = seeds.few(400, smoke=2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def objective() -> Tensor:
         asked, scores, utility = _prompts(128, generators), [], []
         text = model.text(asked)
         for _ in range(2):
@@ -83,12 +81,10 @@ def _taught(seeds: Seeds) -> _Preference:
             scores.append(10 * (text * F.normalize(model.image(x), dim=-1)).sum(-1))
         chance = torch.sigmoid(2 * (utility[0] - utility[1]))
         first = torch.stack([torch.rand(128, generator=g) for g in generators]) < chance
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(scores[0] - scores[1], first.float(), reduction="none").mean(
-            -1
-        ).sum().backward()
-        optimizer.step()
-        schedule.step()
+        values = F.binary_cross_entropy_with_logits(scores[0] - scores[1], first.float(), reduction="none")
+        return values.mean(-1).sum()
+
+    minimise(objective, model.parameters(), steps=seeds.few(400, smoke=2), lr=0.005)
     return model.requires_grad_(False)
 
 
@@ -157,7 +153,8 @@ def _compare(measure, seeds: Seeds) -> Arms:
     score = partial(_score, begun=cache(_start))  # the start is the same for all settings
     ours, theirs = (tune(score, grid, seeds) for grid in (REWEIGHTED, PLAIN))
     score = partial(score, measure=measure)
-    return Arms(score(seeds, **ours), score(seeds, **theirs), {"method": ours, "baseline": theirs})
+    details = {"evaluations": 2 * [len(SIGMAS) - 1], "method": ours, "baseline": theirs}
+    return Arms(score(seeds, **ours), score(seeds, **theirs), details)
 
 
 @claim(

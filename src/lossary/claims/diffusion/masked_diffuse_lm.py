@@ -22,6 +22,7 @@ from lossary.diffusion import (
 from lossary.tasks.tokens import chains, fit_tokens, pair_error, stacked_token_net, texts_of
 
 TOKENS, LENGTH, WIDTH = 8, 9, 8
+STEPS = 20  # evaluations of a sample
 RATES = (0.001, 0.003, 0.01)
 FULL = {"buckets": 3, "squares": False}
 
@@ -55,7 +56,7 @@ def _ranking(texts: Callable[[int, Sequence[Generator]], Tensor], seeds: Seeds) 
     return importance
 
 
-def _pairs(seeds: Seeds, *, buckets: int, squares: bool, lr: float, evaluations: int = 20) -> list[float]:
+def _pairs(seeds: Seeds, *, buckets: int, squares: bool, lr: float) -> list[float]:
     languages, model, noise = chains(TOKENS, LENGTH, seeds), _Model(seeds, squares), SoftMaskedNoise(buckets=buckets)
     texts = texts_of(languages)
     importance = _ranking(texts, seeds)
@@ -79,7 +80,7 @@ def _pairs(seeds: Seeds, *, buckets: int, squares: bool, lr: float, evaluations:
             importance,
             start,
             noise=noise,
-            steps=seeds.few(evaluations, smoke=2),
+            steps=seeds.few(STEPS, smoke=2),
             generator=seeds.torch("draw")[0],
         )
     return pair_error(found, languages).tolist()
@@ -89,7 +90,8 @@ def _compare(baseline: dict, seeds: Seeds) -> Arms:
     ours, theirs = (
         tune(_pairs, [{**arm, "lr": lr} for lr in RATES], seeds, better="lower") for arm in (FULL, baseline)
     )
-    return Arms(_pairs(seeds, **ours), _pairs(seeds, **theirs), {"method": ours, "baseline": theirs})
+    details = {"evaluations": [STEPS, STEPS], "method": ours, "baseline": theirs}
+    return Arms(_pairs(seeds, **ours), _pairs(seeds, **theirs), details)
 
 
 @claim(

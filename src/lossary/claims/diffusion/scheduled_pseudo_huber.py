@@ -1,13 +1,16 @@
 """Scheduled pseudo-Huber: nearer the clean data when one training sample in ten is foreign, and no worse when none is?
 
-A perceptron predicts the noise of six Gaussians on a circle; outliers come from one far Gaussian. Samples are held
-against clean data, in the tuning of every arm too.
+A perceptron predicts the noise of six Gaussians on a circle; outliers come from one far Gaussian. Then that of real
+digits, of 64 pixels; outliers are their negatives, dark on a bright ground, and the distance is Frechet's between
+features. Samples are held against clean data, in the tuning of every arm too.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lossary.claims import Arms, Seeds, claim, tune
 from lossary.claims.draw import Panel
@@ -16,14 +19,16 @@ from lossary.diffusion._denoiser import Denoiser
 from lossary.diffusion._mixture import ring
 from lossary.diffusion._process import cosine
 from lossary.diffusion._samplers import euler, process_sigmas
-from lossary.tasks import fit_denoiser, sliced_wasserstein, stacked_denoiser
+from lossary.tasks import digit_distance, digit_images, fit_denoiser, sheet, sliced_wasserstein, stacked_denoiser
+from lossary.tasks.diffusion import Draw
 
 CLEAN = ring(6, radius=1.2, scale=0.2)
 FAR = torch.tensor([4.0, 4.0])
 PROCESS = cosine()
+STEPS = 30  # of DDIM
 
 
-def _data(n: int, generators: list[torch.Generator], *, outliers: float = 0.0) -> tuple[Tensor]:
+def _data(n: int, generators: Sequence[Generator], *, outliers: float = 0.0) -> tuple[Tensor]:
     batches = []
     for g in generators:
         x = CLEAN.sample(n, generator=g)[0].float()
@@ -32,9 +37,32 @@ def _data(n: int, generators: list[torch.Generator], *, outliers: float = 0.0) -
     return (torch.stack(batches),)
 
 
-def _trained(seeds: Seeds, *, lr: float, outliers: float, smallest: float = 0.0, constant: float = 0.0) -> Denoiser:
+def _digits() -> Draw:
+    """Draws (S, n, 64)."""
+    pixels = digit_images()[0].flatten(1)
+
+    def draw(n: int, generators: Sequence[Generator], *, outliers: float) -> tuple[Tensor]:
+        batches = []
+        for g in generators:
+            x = pixels[torch.randint(len(pixels), (n,), generator=g)]
+            batches.append(torch.where(torch.rand(n, 1, generator=g) < outliers, -x, x))
+        return (torch.stack(batches),)
+
+    return draw
+
+
+def _trained(
+    seeds: Seeds,
+    *,
+    lr: float,
+    outliers: float,
+    smallest: float = 0.0,
+    constant: float = 0.0,
+    digits: bool = False,
+) -> Denoiser:
     """Under the squared error, or the pseudo-Huber loss where `smallest` (scheduled) or `constant` gives its delta."""
-    denoise = Denoiser(stacked_denoiser(2, seeds, process=PROCESS).network, PROCESS, "noise")
+    size, hidden, data = (64, (128, 128), _digits()) if digits else (2, (64, 64), _data)
+    denoise = Denoiser(stacked_denoiser(size, seeds, hidden=hidden, process=PROCESS).network, PROCESS, "noise")
 
     def loss(denoise: Denoiser, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         t = PROCESS.time(sigma)
@@ -44,22 +72,31 @@ def _trained(seeds: Seeds, *, lr: float, outliers: float, smallest: float = 0.0,
         delta = exponential_delta(t, smallest=smallest) if smallest else torch.full_like(t, constant)
         return scheduled_pseudo_huber_loss(predicted, noise, delta=delta)
 
-    draw = partial(_data, outliers=outliers)
-    fit_denoiser(denoise, draw, seeds=seeds, steps=seeds.few(400, smoke=2), lr=lr, loss=loss)
+    draw = partial(data, outliers=outliers)
+    steps = seeds.few(1000 if digits else 400, smoke=2)
+    fit_denoiser(denoise, draw, seeds=seeds, steps=steps, lr=lr, loss=loss)
     return denoise
 
 
-def _samples(seeds: Seeds, *, outliers: float, **setting: float) -> Tensor:
-    """(S, n, 2) by DDIM in 30 evaluations, from shared noise."""
-    denoise = _trained(seeds, outliers=outliers, **setting)
-    sigmas = process_sigmas(PROCESS, 30, first=0.99)
-    noise = torch.stack([torch.randn(seeds.few(2000, smoke=16), 2, generator=g) for g in seeds.torch("start")])
+def _samples(seeds: Seeds, *, outliers: float, digits: bool = False, **setting: float) -> Tensor:
+    """(S, n, 2), or (S, n, 1, 8, 8), by DDIM from shared noise."""
+    denoise = _trained(seeds, outliers=outliers, digits=digits, **setting)
+    sigmas = process_sigmas(PROCESS, STEPS, first=0.99)
+    n, shape = (300, (1, 8, 8)) if digits else (2000, (2,))
+    start = [torch.randn(seeds.few(n, smoke=16), math.prod(shape), generator=g) for g in seeds.torch("start")]
+    bound = 1.0 if digits else math.inf  # of pixels, as is usual in sampling pictures
+
+    def bounded(x: Tensor, sigma: float) -> Tensor:
+        return denoise(x, sigma).clamp(-bound, bound)
+
     with torch.no_grad():
-        return euler(denoise, sigmas[0].item() * noise, sigmas)
+        return euler(bounded, sigmas[0].item() * torch.stack(start), sigmas).unflatten(-1, shape)
 
 
-def _distance(seeds: Seeds, *, outliers: float = 0.1, **setting: float) -> list[float]:
-    found = _samples(seeds, outliers=outliers, **setting)
+def _distance(seeds: Seeds, *, outliers: float = 0.1, digits: bool = False, **setting: float) -> list[float]:
+    found = _samples(seeds, outliers=outliers, digits=digits, **setting)
+    if digits:
+        return digit_distance(found).tolist()
     (clean,) = _data(found.shape[1], seeds.torch("true"))
     return sliced_wasserstein(found, clean).tolist()
 
@@ -75,11 +112,11 @@ SCHEDULED = [{"lr": lr, "smallest": d} for lr in (0.003, 0.01) for d in (0.1, 0.
 CONSTANT = [{"lr": lr, "constant": d} for lr in (0.003, 0.01) for d in (0.5, 0.1)]
 
 
-def _compare(score, method: list[dict], baseline: list[dict], seeds: Seeds, **fixed: float) -> Arms:
+def _compare(score, method: list[dict], baseline: list[dict], seeds: Seeds, **fixed: object) -> Arms:
     tuned = partial(_distance, **fixed)
     ours, theirs = (tune(tuned, grid, seeds, better="lower") for grid in (method, baseline))
     arms = score(seeds, **ours, **fixed), score(seeds, **theirs, **fixed)
-    return Arms(*arms, {"method": ours, "baseline": theirs})
+    return Arms(*arms, {"evaluations": [STEPS, STEPS], "method": ours, "baseline": theirs})
 
 
 @claim(
@@ -101,6 +138,20 @@ def scheduled_beats_squared_error(seeds: Seeds) -> Arms:
 )
 def scheduled_draws_fewer_outliers(seeds: Seeds) -> Arms:
     return _compare(_share, SCHEDULED, SQUARED, seeds)
+
+
+@claim(
+    says="With a tenth of negatives in training, its samples are nearer real digits than those of squared error",
+    kind="ratio",
+    metric="sample distance",
+    margin=0.9,
+    scale="Frechet distance of 32 features; digits 8x8, MLP of 128, 1000 steps; DDIM, 30 evaluations, 300 samples;"
+    " 6 settings each",
+)
+def scheduled_beats_squared_error_on_digits(seeds: Seeds) -> Arms:
+    scheduled = [{"lr": lr, "smallest": d} for lr in (0.01, 0.03, 0.1) for d in (0.3, 0.03)]
+    squared = [{"lr": lr} for lr in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)]
+    return _compare(_distance, scheduled, squared, seeds, digits=True)
 
 
 @claim(
@@ -126,10 +177,13 @@ def scheduled_keeps_quality_on_clean_data(seeds: Seeds) -> Arms:
 
 
 def draw(seeds: Seeds) -> list[Panel]:
-    """Training data with outliers, and samples of each loss."""
+    """Training data with outliers, and samples of each loss; digits of two."""
     one = seeds.one(0)
     panels = [Panel("training data", points=_data(600, one.torch("true"), outliers=0.1)[0][0].numpy())]
     for name, setting in (("squared", {}), ("constant", {"constant": 0.1}), ("scheduled", {"smallest": 0.01})):
         found = _samples(one, lr=0.003, outliers=0.1, **setting)[0, :600]
         panels.append(Panel(f"{name} loss", points=found.numpy()))
+    for name, setting in (("squared", {}), ("scheduled", {"smallest": 0.01})):
+        found = _samples(one, lr=0.03, outliers=0.1, digits=True, **setting)[0, :20]
+        panels.append(Panel(f"{name} loss", image=sheet(found)))
     return panels

@@ -15,7 +15,7 @@ from torch import Tensor
 from lossary.claims import Arms, Seeds, claim, tune
 from lossary.claims.draw import Panel
 from lossary.diffusion import ScoreJacobianChaining, VoxelRadianceField
-from lossary.diffusion._denoiser import Denoiser, score_of
+from lossary.diffusion._denoiser import Counted, Denoise, Denoiser, score_of
 from lossary.diffusion._distil import log_uniform, pushed
 from lossary.diffusion._mixture import Mixture, ring
 from lossary.diffusion._process import over
@@ -69,7 +69,7 @@ def _trained(seeds: Seeds) -> Denoiser:
     return denoise.requires_grad_(False)
 
 
-def _push(x: Tensor, denoise: Denoiser, kind: str, generators: list[torch.Generator]) -> Tensor:
+def _push(x: Tensor, denoise: Denoise, kind: str, generators: list[torch.Generator]) -> Tensor:
     """Values (S, B) whose gradient is minus sigma times a score without its merits."""
     sigma = LEVELS(tuple(x.shape[:2]), generators)
     with torch.no_grad():
@@ -81,8 +81,9 @@ def _push(x: Tensor, denoise: Denoiser, kind: str, generators: list[torch.Genera
     return pushed(x, -over(sigma, x) * score).sum(-1)
 
 
-def _lifted(seeds: Seeds, *, kind: str, lr: float) -> VoxelRadianceField:
-    denoise, generators = _trained(seeds), seeds.torch("cameras")
+def _lifted(seeds: Seeds, *, kind: str, lr: float) -> tuple[VoxelRadianceField, int]:
+    """The field of each seed, and the evaluations, of all its views at once, that it took."""
+    denoise, generators = Counted(_trained(seeds)), seeds.torch("cameras")
     chain = ScoreJacobianChaining(denoise, levels=LEVELS)
     field = VoxelRadianceField((SIDE, SIDE), channels=1, replicas=len(seeds), shift=0.0, colours="plain")
     for s, g in enumerate(seeds.torch("field")):
@@ -95,13 +96,13 @@ def _lifted(seeds: Seeds, *, kind: str, lr: float) -> VoxelRadianceField:
         values = chain(x, batch=2, generator=generators) if kind == "averaged" else _push(x, denoise, kind, generators)
         values.sum().backward()
         optimizer.step()
-    return field.requires_grad_(False)
+    return field.requires_grad_(False), denoise.evaluations
 
 
-def _distance(seeds: Seeds, **setting: object) -> list[float]:
+def _distance(field: VoxelRadianceField, seeds: Seeds) -> list[float]:
     """Mean of the distances from views to their nearest true views and back, relative to the true views' norm."""
     true = _views(_scene(seeds), _everywhere(seeds, 96))
-    found = _views(_lifted(seeds, **setting), _everywhere(seeds, 96) + 0.01)
+    found = _views(field, _everywhere(seeds, 96) + 0.01)
     apart = torch.cdist(found, true)
     nearest = (apart.amin(-1).mean(-1) + apart.amin(-2).mean(-1)) / 2
     return (nearest / true.norm(dim=-1).mean(-1)).tolist()
@@ -109,8 +110,14 @@ def _distance(seeds: Seeds, **setting: object) -> list[float]:
 
 def _compare(baseline: str, seeds: Seeds) -> Arms:
     grids = [[{"kind": kind, "lr": lr} for lr in (0.03, 0.1)] for kind in ("averaged", baseline)]
-    ours, theirs = (tune(_distance, grid, seeds, better="lower") for grid in grids)
-    return Arms(_distance(seeds, **ours), _distance(seeds, **theirs), {"method": ours, "baseline": theirs})
+
+    def distance(seeds: Seeds, **setting: object) -> list[float]:
+        return _distance(_lifted(seeds, **setting)[0], seeds)
+
+    ours, theirs = (tune(distance, grid, seeds, better="lower") for grid in grids)
+    (ahead, often), (behind, others) = (_lifted(seeds, **setting) for setting in (ours, theirs))
+    details = {"evaluations": [often, others], "method": ours, "baseline": theirs}
+    return Arms(_distance(ahead, seeds), _distance(behind, seeds), details)
 
 
 @claim(
@@ -183,5 +190,5 @@ def draw(seeds: Seeds) -> list[Panel]:
     angles = _everywhere(one, 48)
     fields = {"true scene": _scene(one)}
     for name, kind in (("averaged scores", "averaged"), ("at the clean render", "clean")):
-        fields[name] = _lifted(one, kind=kind, lr=0.1)
+        fields[name], _ = _lifted(one, kind=kind, lr=0.1)
     return [Panel(name, image=(_views(field, angles)[0] / 2 + 0.5).numpy()) for name, field in fields.items()]

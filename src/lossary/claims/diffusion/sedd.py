@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from lossary.claims import Arms, Seeds, claim, tune
 from lossary.diffusion import AbsorbingGraph, SEDDSampler, UniformGraph, log_linear_noise, score_entropy_loss
 from lossary.diffusion._chain import MarkovChain
+from lossary.diffusion._denoiser import Counted
 from lossary.diffusion._discrete import absorbing, uniform
 from lossary.tasks.tokens import chains, fit_tokens, pair_error, spread_times, stacked_token_net, texts_of
 
@@ -73,17 +74,17 @@ def _bound(seeds: Seeds, *, loss: str, lr: float) -> list[float]:
         return LOSSES[loss](network, test, spread_times(test.shape[1], generators), generators).mean(-1).tolist()
 
 
-def _pairs(seeds: Seeds, *, loss: str, lr: float) -> list[float]:
+def _pairs(seeds: Seeds, *, loss: str, lr: float) -> tuple[list[float], int]:
+    """Errors, and the evaluations that a text takes."""
     network, languages = _trained(seeds, loss=loss, lr=lr)
-    sampler = SEDDSampler(MASK, steps=seeds.few(32, smoke=2))
+    counted = Counted(lambda x, sigma: _log_score(network, x, sigma))
     start = torch.full((len(seeds), seeds.few(1000, smoke=8), LENGTH), TOKENS)
-    found = sampler(lambda x, s: _log_score(network, x, s), start, generator=seeds.torch("draw")[0])
-    return pair_error(found, languages).tolist()
+    found = SEDDSampler(MASK, steps=seeds.few(32, smoke=2))(counted, start, generator=seeds.torch("draw")[0])
+    return pair_error(found, languages).tolist(), counted.evaluations
 
 
-def _compare(score: Callable[..., list[float]], ours: str, theirs: str, seeds: Seeds) -> Arms:
-    best = [tune(score, [{"loss": a, "lr": lr} for lr in RATES], seeds, better="lower") for a in (ours, theirs)]
-    return Arms(*(score(seeds, **b) for b in best), {"method": best[0], "baseline": best[1]})
+def _tuned(score: Callable[..., list[float]], losses: Sequence[str], seeds: Seeds) -> list[dict]:
+    return [tune(score, [{"loss": loss, "lr": lr} for lr in RATES], seeds, better="lower") for loss in losses]
 
 
 @claim(
@@ -93,7 +94,8 @@ def _compare(score: Callable[..., list[float]], ours: str, theirs: str, seeds: S
     scale="bound per token, masks; Markov chains of 8 tokens, length 8, MLP of 128, 400 steps; 4 learning rates each",
 )
 def score_entropy_beats_cross_entropy(seeds: Seeds) -> Arms:
-    return _compare(_bound, "entropy", "cross-entropy", seeds)
+    ours, theirs = _tuned(_bound, ("entropy", "cross-entropy"), seeds)
+    return Arms(_bound(seeds, **ours), _bound(seeds, **theirs), {"method": ours, "baseline": theirs})
 
 
 @claim(
@@ -103,7 +105,9 @@ def score_entropy_beats_cross_entropy(seeds: Seeds) -> Arms:
     scale="total variation of pairs, 33 evaluations; Markov chains of 8 tokens, length 8, 400 steps; 4 settings each",
 )
 def score_entropy_beats_squares(seeds: Seeds) -> Arms:
-    return _compare(_pairs, "entropy", "squares", seeds)
+    ours, theirs = _tuned(lambda *a, **setting: _pairs(*a, **setting)[0], ("entropy", "squares"), seeds)
+    errors, evaluations = zip(*(_pairs(seeds, **setting) for setting in (ours, theirs)))
+    return Arms(*errors, {"evaluations": list(evaluations), "method": ours, "baseline": theirs})
 
 
 @claim(
@@ -127,14 +131,16 @@ def perfect_ratios_cost_the_entropy(seeds: Seeds) -> Arms:
     return Arms(found, entropy)
 
 
-def _perfect(chain: MarkovChain, method: str, steps: int, n: int, generator: Generator) -> Tensor:
+def _perfect(chain: MarkovChain, method: str, steps: int, n: int, generator: Generator) -> tuple[Tensor, int]:
+    """Texts, and the evaluations that each takes."""
     process = uniform(TOKENS, lambda t: 1 - (1 - 1e-3) * t)
 
     def log_score(x: Tensor, sigma: Tensor) -> Tensor:
         return chain.ratios(process, x, -(-sigma).expm1() / (1 - 1e-3)).log()
 
-    sampler = SEDDSampler(ANY, steps=steps, method=method)
-    return sampler(log_score, sampler.start((n, LENGTH), generator=generator), generator=generator)
+    sampler, counted = SEDDSampler(ANY, steps=steps, method=method), Counted(log_score)
+    found = sampler(counted, sampler.start((n, LENGTH), generator=generator), generator=generator)
+    return found, counted.evaluations
 
 
 @claim(
@@ -145,8 +151,10 @@ def _perfect(chain: MarkovChain, method: str, steps: int, n: int, generator: Gen
 )
 def analytic_beats_euler(seeds: Seeds) -> Arms:
     languages, n = chains(TOKENS, LENGTH, seeds), seeds.few(2000, smoke=8)
-    arms = []
+    arms, evaluations = [], []
     for method in ("analytic", "euler"):
-        found = [_perfect(c, method, seeds.few(16), n, g) for c, g in zip(languages, seeds.torch("draw"))]
+        made = [_perfect(c, method, seeds.few(16), n, g) for c, g in zip(languages, seeds.torch("draw"))]
+        found, taken = zip(*made)
         arms.append(pair_error(torch.stack(found), languages).tolist())
-    return Arms(*arms)
+        evaluations.append(sum(taken) / len(seeds))
+    return Arms(*arms, {"evaluations": evaluations})

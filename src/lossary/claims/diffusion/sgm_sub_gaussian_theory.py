@@ -20,6 +20,7 @@ from lossary.tasks import fit_denoiser, sliced_wasserstein, stacked_denoiser
 
 PROCESS = cosine()
 MANY, FEW = 32, 2
+STEPS = 40  # of DDIM
 
 
 def _tilt(u: Tensor) -> Tensor:
@@ -104,8 +105,8 @@ def network_error_ignores_the_dimension(seeds: Seeds) -> Arms:
 
 
 def _along(seeds: Seeds, dimension: int, lr: float) -> tuple[Tensor, Tensor]:
-    """Samples in 40 steps of DDIM and true ones, both along the tilted direction, (S, n, 1)."""
-    sigmas, n = process_sigmas(PROCESS, 40, first=0.99), seeds.few(2000, smoke=16)
+    """Samples of DDIM and true ones, both along the tilted direction, (S, n, 1)."""
+    sigmas, n = process_sigmas(PROCESS, STEPS, first=0.99), seeds.few(2000, smoke=16)
     noise = torch.stack([torch.randn(n, dimension, generator=g) for g in seeds.torch("start")])
     denoise = _trained(seeds, dimension=dimension, lr=lr)
     with torch.no_grad():
@@ -127,7 +128,7 @@ def _distance(seeds: Seeds, *, dimension: int, lr: float) -> list[float]:
 )
 def samples_along_the_tilt_ignore_the_dimension(seeds: Seeds) -> Arms:
     many, few = (_tuned(partial(_distance, dimension=d), NETWORK, seeds) for d in (MANY, FEW))
-    return Arms(many[0], few[0], {"method": many[1], "baseline": few[1]})
+    return Arms(many[0], few[0], {"evaluations": [STEPS, STEPS], "method": many[1], "baseline": few[1]})
 
 
 def draw(seeds: Seeds) -> list[Panel]:

@@ -16,8 +16,7 @@ from lossary.diffusion import SkipTuning
 from lossary.diffusion._denoiser import Counted, Denoise, Denoiser
 from lossary.diffusion._process import over
 from lossary.diffusion._samplers import heun, karras_sigmas
-from lossary.tasks import cross_entropy, fit, stacked_mlp
-from lossary.tasks.diffusion import digit_denoiser, digit_images
+from lossary.tasks import digit_classifier, digit_denoiser, digit_distance, digit_images, sheet
 
 BOTTOM = [{"bottom": bottom} for bottom in (0.95, 0.9, 0.8, 0.7)]
 SPACING = [{"rho": rho} for rho in (3.0, 5.0, 7.0, 10.0)]
@@ -32,32 +31,13 @@ def _network(steps: int) -> tuple[Denoiser, SkipTuning]:
     return denoise, SkipTuning([(unet.ups[0], wide), (unet.ups[1], narrow)], bottom=1.0)
 
 
-@functools.cache
-def _features(steps: int) -> nn.Module:
-    """A perceptron 64-64-32-10 without its last layer, the same for every seed of the claims."""
-    images, labels = digit_images()
-    one = Seeds((0,))
-    network = stacked_mlp((64, 64, 32, 10), one)
-    fit(network, images.flatten(1), labels, loss=cross_entropy, seeds=one, steps=steps)
-    return network.replica(0)[:-1].requires_grad_(False)
-
-
 def _tuned(seeds: Seeds, bottom: float) -> Denoise:
     denoise, plain = _network(seeds.few(1000, smoke=2))
     return SkipTuning(plain.joins, bottom=bottom).denoiser(denoise)
 
 
-def _frechet(x: Tensor, y: Tensor) -> float:
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2) of features (n, d)."""
-    (c, d) = (z.T.cov() for z in (x, y))
-    values, vectors = torch.linalg.eigh(c)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ d @ root).clamp(min=0).sqrt().sum()
-    return ((x.mean(0) - y.mean(0)).square().sum() + c.trace() + d.trace() - 2 * cross).item()
-
-
-def _samples(seeds: Seeds, *, bottom: float = 1.0, rho: float = 7.0, steps: int = 5) -> tuple[list[Tensor], int]:
-    """(n, 1, 8, 8) of each seed, and the evaluations that each took."""
+def _samples(seeds: Seeds, *, bottom: float = 1.0, rho: float = 7.0, steps: int = 5) -> tuple[Tensor, int]:
+    """(S, n, 1, 8, 8), and the evaluations that each seed took."""
     counted = Counted(_tuned(seeds, bottom))
     sigmas = karras_sigmas(seeds.few(steps, smoke=2), low=0.02, high=40.0, rho=rho)
     n, found = seeds.few(300, smoke=40), []
@@ -65,13 +45,11 @@ def _samples(seeds: Seeds, *, bottom: float = 1.0, rho: float = 7.0, steps: int 
     for g in seeds.torch("start"):
         noise = torch.randn(n, 1, 8, 8, generator=g)
         found.append(heun(lambda x, sigma: counted(x, sigma, label), 40 * noise, sigmas))
-    return found, counted.evaluations // len(seeds)
+    return torch.stack(found), counted.evaluations // len(seeds)
 
 
 def _distance(seeds: Seeds, **setting: float) -> list[float]:
-    features = _features(seeds.few(600, smoke=2))
-    real = features(digit_images()[0].flatten(1)).double()
-    return [_frechet(features(x.flatten(1)).double(), real) for x in _samples(seeds, **setting)[0]]
+    return digit_distance(_samples(seeds, **setting)[0]).tolist()
 
 
 @claim(
@@ -83,14 +61,14 @@ def _distance(seeds: Seeds, **setting: float) -> list[float]:
 )
 def scaled_skips_sample_better(seeds: Seeds) -> Arms:
     ours, theirs = (tune(_distance, grid, seeds, better="lower") for grid in (BOTTOM, SPACING))
-    _, evaluations = _samples(seeds.one(0), **ours)
-    details = {"method": ours, "baseline": theirs, "evaluations": evaluations}
-    return Arms(_distance(seeds, **ours), _distance(seeds, **theirs), details)
+    found, evaluations = zip(*(_samples(seeds, **setting) for setting in (ours, theirs)))
+    details = {"evaluations": list(evaluations), "method": ours, "baseline": theirs}
+    return Arms(*(digit_distance(x).tolist() for x in found), details)
 
 
 def _errors(seeds: Seeds, bottom: float, *, features: bool) -> list[float]:
     """Mean squared error of the denoised digit at the middle noise levels, in pixels or in features."""
-    denoise, seen = _tuned(seeds, bottom), _features(seeds.few(600, smoke=2)) if features else nn.Identity()
+    denoise, seen = _tuned(seeds, bottom), digit_classifier()[:-1] if features else nn.Identity()
     images, labels = digit_images()
     found = []
     for g in seeds.torch("noise"):
@@ -100,7 +78,7 @@ def _errors(seeds: Seeds, bottom: float, *, features: bool) -> list[float]:
             sigma = torch.full((len(rows),), level)
             x = clean + over(sigma, clean) * torch.randn(clean.shape, generator=g)
             guess = denoise(x, sigma, labels[rows])
-            total += (seen(guess.flatten(1)) - seen(clean.flatten(1))).square().mean().item()
+            total += (seen(guess) - seen(clean)).square().mean().item()
         found.append(total / len(MIDDLE))
     return found
 
@@ -131,8 +109,6 @@ def draw(seeds: Seeds) -> list[Panel]:
     """Ten digits in nine evaluations from the same noise, with less and less of the deepest skip."""
     panels = []
     for bottom in (1.0, 0.9, 0.8, 0.7):
-        (x,), _ = _samples(seeds.one(0), bottom=bottom)
-        rows = x[:10, 0].clamp(-1, 1) / 2 + 0.5
-        image = rows.view(2, 5, 8, 8).permute(0, 2, 1, 3).reshape(16, 40)
-        panels.append(Panel(f"deepest skip times {bottom:g}", image=image.numpy()))
+        [x], _ = _samples(seeds.one(0), bottom=bottom)
+        panels.append(Panel(f"deepest skip times {bottom:g}", image=sheet(x[:10])))
     return panels

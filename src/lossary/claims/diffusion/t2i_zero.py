@@ -19,9 +19,10 @@ from lossary.claims.draw import Panel
 from lossary.diffusion import correct_by_similarities, cross_token_nms
 from lossary.diffusion._process import cosine, over
 from lossary.diffusion._samplers import euler, process_sigmas
-from lossary.tasks import trained
+from lossary.tasks import minimise, trained
 
 KINDS, WIDE, TOKEN, HEADS = 16, 48, 24, 4
+STEPS = 20  # evaluations of a sample
 CONCEPTS = (2, 5)  # their places in: start, a, first, and, a, second
 PROCESS = cosine()
 Edit = Callable[[Tensor], Tensor]
@@ -116,16 +117,14 @@ def _painter(steps: int) -> _Painter:
     @torch.enable_grad()
     def train(network: nn.Module) -> None:
         g = Generator().manual_seed(3)
-        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
+
+        def objective() -> Tensor:
             kinds, two = torch.randint(KINDS, (64, 2), generator=g), torch.rand(64, generator=g) < 0.35
             x, t = _pictures(kinds, two, g), torch.rand(64, generator=g).clamp(1e-3, 1 - 1e-3)
             x_t = PROCESS.noised(x, torch.randn(x.shape, generator=g), t)
-            optimizer.zero_grad()
-            (network(x_t, t, _text(kinds, two)) - x).square().mean().backward()
-            optimizer.step()
-            schedule.step()
+            return (network(x_t, t, _text(kinds, two)) - x).square().mean()
+
+        minimise(objective, network.parameters(), steps=steps, lr=3e-3)
 
     return trained(build, train, key=f"t2i-zero, {steps} steps")
 
@@ -147,7 +146,7 @@ def _drawn(
     text = _text(kinds.flatten(0, 1), torch.ones(len(seeds) * n, dtype=torch.bool))
     text = correct_by_similarities(text, CONCEPTS, threshold=threshold, strength=strength)
     text[:, CONCEPTS] *= weight
-    sigmas = process_sigmas(PROCESS, seeds.few(20, smoke=2), first=0.99)
+    sigmas = process_sigmas(PROCESS, seeds.few(STEPS, smoke=2), first=0.99)
     suppress = partial(cross_token_nms, concepts=CONCEPTS, shared=shared)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -178,7 +177,8 @@ EDITED = [{"strength": strength, "until": until} for strength in (0.25, 0.5) for
 
 def _compare(seeds: Seeds, method: list[dict]) -> Arms:
     ours, theirs = (tune(_both, grid, seeds) for grid in (method, WEIGHTED))
-    return Arms(_both(seeds, **ours), _both(seeds, **theirs), {"method": ours, "baseline": theirs})
+    details = {"evaluations": [STEPS, STEPS], "method": ours, "baseline": theirs}
+    return Arms(_both(seeds, **ours), _both(seeds, **theirs), details)
 
 
 @claim(

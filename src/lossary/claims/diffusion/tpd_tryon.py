@@ -3,7 +3,8 @@
 Persons of 8x8 pixels wear garments of random shape and pattern; their arms and surroundings are random, too, so that
 what is repainted without need is lost. All networks are one transformer block, trained for each seed: with the garment
 beside the person and a learned vector in cross-attention, or with the person alone and cross-attention to an encoder
-of the garment, pooled to one vector as image embeddings are, or not. Tests have a person change garments.
+of the garment, pooled to one vector as image embeddings are, or not. Tests have a person change garments. The claim on
+predicted masks is registered anew: its baseline had half the evaluations.
 """
 
 import math
@@ -24,8 +25,10 @@ from lossary.diffusion import (
 )
 from lossary.diffusion._process import cosine, over
 from lossary.diffusion._samplers import euler, process_sigmas
+from lossary.tasks import minimise
 
 WIDE, PROMPT = 32, 24
+STEPS = 10  # evaluations of a sample
 PROCESS = cosine()
 BOX = torch.ones(1, 1, 8, 8)
 BOX[..., 1:8, 1:7] = 0
@@ -142,29 +145,29 @@ class _Stack(nn.Module):
 
 @cache
 def _trained(seeds: Seeds, *, kind: str, lr: float) -> _Stack:
-    model, steps, streams, batch = _Stack(kind, seeds), seeds.few(350, smoke=2), seeds.torch("noise"), 12
+    model, streams, batch = _Stack(kind, seeds), seeds.torch("noise"), 12
     pools = [_lessons(kind, seeds.few(2000), g) for g in seeds.torch("lessons")]
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def objective() -> Tensor:
         rows = [torch.randint(len(pool[0]), (batch,), generator=g) for pool, g in zip(pools, streams)]
         columns = zip(*([value[row] for value in pool] for pool, row in zip(pools, rows)))
         x, condition, garment = (torch.stack(column) for column in columns)
         t = torch.stack([torch.rand(batch, generator=g) for g in streams]).clamp(1e-3, 1 - 1e-3)
         noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in streams])
-        optimizer.zero_grad()
-        (model(PROCESS.noised(x, noise, t), t, condition, garment) - x).square().mean((1, 2, 3, 4)).sum().backward()
-        optimizer.step()
-        schedule.step()
+        return (model(PROCESS.noised(x, noise, t), t, condition, garment) - x).square().mean((1, 2, 3, 4)).sum()
+
+    minimise(objective, model.parameters(), steps=seeds.few(350, smoke=2), lr=lr)
     return model
 
 
 @torch.no_grad()
-def _repainted(model: _Stack, person: Tensor, garment: Tensor, mask: Tensor, seeds: Seeds) -> tuple[Tensor, Tensor]:
+def _repainted(
+    model: _Stack, person: Tensor, garment: Tensor, mask: Tensor, seeds: Seeds, steps: int = STEPS
+) -> tuple[Tensor, Tensor]:
     """The person with what is masked repainted (S, n, 3, 8, 8), and all that was drawn, (S, n, 4, 8, W)."""
     flat = (value.flatten(0, 1) for value in (person, garment, mask, mask))
     x, condition = (value.unflatten(0, person.shape[:2]) for value in _inputs(model.kind, *flat))
-    sigmas = process_sigmas(PROCESS, seeds.few(10, smoke=2), first=0.99)
+    sigmas = process_sigmas(PROCESS, seeds.few(steps, smoke=2), first=0.99)
     start = torch.stack([torch.randn(x.shape[1:], generator=g) for g in seeds.torch("start")])
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -196,7 +199,8 @@ def _garment_error(seeds: Seeds, *, kind: str, lr: float) -> list[float]:
 def _compare(seeds: Seeds, baseline: str) -> Arms:
     grids = [[{"kind": kind, "lr": lr} for lr in (0.005, 0.015)] for kind in ("beside", baseline)]
     ours, theirs = (tune(_garment_error, grid, seeds, better="lower", n=2) for grid in grids)
-    return Arms(_garment_error(seeds, **ours), _garment_error(seeds, **theirs), {"method": ours, "baseline": theirs})
+    details = {"evaluations": [STEPS, STEPS], "method": ours, "baseline": theirs}
+    return Arms(_garment_error(seeds, **ours), _garment_error(seeds, **theirs), details)
 
 
 @claim(
@@ -231,18 +235,22 @@ def _masked_twice(model: _Stack, seeds: Seeds) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @claim(
-    says="A second pass with the predicted mask is nearer the truth than repainting the whole box",
+    says="A second pass with the predicted mask is nearer the truth than repainting the whole box in as many steps",
     kind="ratio",
     metric="mean squared error",
     margin=0.9,
-    scale="where the truth is known, arms included; 8x8 pictures, one block of width 32, 350 steps of 12",
+    scale="where the truth is known, arms included; 8x8 pictures, one block of width 32, 350 steps of 12; twice 10 to"
+    " sample against once 20",
 )
 def predicted_masks_improve_fidelity(seeds: Seeds) -> Arms:
-    first, second, _ = _masked_twice(_trained(seeds, kind="beside", lr=0.01), seeds)
-    _, worn, _, shape, truth = _changes(seeds)
+    model = _trained(seeds, kind="beside", lr=0.01)
+    person, worn, new, shape, truth = _changes(seeds)
+    _, twice, _ = _masked_twice(model, seeds)
+    once, _ = _repainted(model, person, new, BOX.expand_as(shape), seeds, steps=2 * STEPS)
     known = shape.maximum(worn)
-    arms = [((found - truth).square().mean(2, keepdim=True) * known).sum((1, 2, 3, 4)) for found in (second, first)]
-    return Arms(*((values / known.sum((1, 2, 3, 4))).tolist() for values in arms))
+    arms = [((found - truth).square().mean(2, keepdim=True) * known).sum((1, 2, 3, 4)) for found in (twice, once)]
+    evaluations = {"evaluations": [2 * STEPS, 2 * STEPS]}
+    return Arms(*((values / known.sum((1, 2, 3, 4))).tolist() for values in arms), evaluations)
 
 
 def draw(seeds: Seeds) -> list[Panel]:
