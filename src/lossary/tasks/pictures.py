@@ -79,6 +79,12 @@ class Unet(nn.Module):
 def digit_images(size: int = 8) -> tuple[Tensor, Tensor]:
     """Digits as pictures (N, 1, size, size) from -1 to 1, and their classes: 1797 of 8x8, or 5000 of 16x16."""
     require.one_of("size", size, (8, 16))
+    x, y = _images(size)
+    return x.clone(), y.clone()
+
+
+@functools.cache
+def _images(size: int) -> tuple[Tensor, Tensor]:
     data = digits() if size == 8 else mnist5k()
     side = math.isqrt(data.x[0].numel())
     x = data.x.reshape(-1, 1, side, side)
@@ -128,7 +134,7 @@ def digit_denoiser(*, size: int = 8, steps: int = 1000, channels: int = 16, held
 
 def drawn_digits(batch: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
     """Rows of pixels of 8x8 digits (S, batch, 64) and their classes, one-hot (S, batch, 10), for `fit_denoiser`."""
-    x, y = digit_images()
+    x, y = _images(8)
     rows = torch.stack([torch.randint(len(x), (batch,), generator=g) for g in generators])
     return x[rows].flatten(2), F.one_hot(y[rows], 10).float()
 
@@ -140,7 +146,7 @@ def digit_teacher(seeds: Seeds) -> Denoise:
     def denoise(x: Tensor, sigma: Tensor | float, classes: Tensor | None = None) -> Tensor:
         level = torch.as_tensor(sigma, dtype=x.dtype).expand(x.shape[:-1]).flatten()
         label = None if classes is None else torch.where(classes.any(-1), classes.argmax(-1), 10).flatten()
-        return network(x.reshape(-1, 1, 8, 8), level, label).view_as(x)
+        return network(x.reshape(-1, 1, 8, 8), level, label).view_as(x)  # type: ignore[no-any-return]
 
     return denoise
 

@@ -19,8 +19,7 @@ from lossary.diffusion._denoiser import Denoiser, denoising_error
 from lossary.diffusion._mixture import ring
 from lossary.diffusion._process import over, variance_preserving
 from lossary.diffusion._samplers import euler, process_sigmas
-from lossary.tasks import digit_distance, digit_images, fit_denoiser, sheet, sliced_wasserstein, stacked_denoiser
-from lossary.tasks.diffusion import Draw
+from lossary.tasks import digit_distance, drawn_digits, fit_denoiser, sheet, sliced_wasserstein, stacked_denoiser
 
 TRUTH = ring(8, radius=1.4, scale=0.12, weights=torch.linspace(1, 4, 8, dtype=torch.float64))
 PROCESS = variance_preserving()
@@ -28,7 +27,7 @@ RATES = (0.001, 0.003, 0.01)
 
 
 def _trained(seeds: Seeds, *, kind: str, lr: float, gamma: float | None = None, digits: bool = False) -> Denoiser:
-    size, hidden, draw = (64, (128, 128), _digits()) if digits else (2, (64, 64), _draw)
+    size, hidden, draw = (64, (128, 128), _digits) if digits else (2, (64, 64), _draw)
     denoise = Denoiser(stacked_denoiser(size, seeds, hidden=hidden, process=PROCESS).network, PROCESS, "noise")
 
     def loss(denoise: Denoiser, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
@@ -44,14 +43,8 @@ def _draw(n: int, generators: Sequence[Generator]) -> tuple[Tensor]:
     return (torch.stack([TRUTH.sample(n, generator=g)[0] for g in generators]).float(),)
 
 
-def _digits() -> Draw:
-    """Draws (S, n, 64)."""
-    pixels = digit_images()[0].flatten(1)
-
-    def draw(n: int, generators: Sequence[Generator]) -> tuple[Tensor]:
-        return (torch.stack([pixels[torch.randint(len(pixels), (n,), generator=g)] for g in generators]),)
-
-    return draw
+def _digits(n: int, generators: Sequence[Generator]) -> tuple[Tensor]:
+    return drawn_digits(n, generators)[:1]
 
 
 def _samples(denoise: Denoiser, seeds: Seeds, evaluations: int, *, digits: bool = False) -> Tensor:

@@ -206,7 +206,8 @@ def draw(seeds: Seeds) -> list[Panel]:
     one = seeds.one(0)
     sigmas = karras_sigmas(one.few(18, smoke=2), low=0.02, high=20.0)
     panels = [Panel("data", points=drawn_from(uneven_ring())(600, one.torch("true"))[0][0].numpy())]
-    x = generated(lambda latent: heun(_fitted(one), 20 * latent, sigmas), one)
+    teacher = _fitted(one)
+    x = generated(lambda latent: heun(teacher, 20 * latent, sigmas), one)
     panels.append(Panel("teacher, 35 evaluations", points=x[0, :600].numpy()))
     arms = {"scores alone": {"length": 277}, "with a discriminator": {"gan_weight": 0.1}}
     for title, setting in arms.items():

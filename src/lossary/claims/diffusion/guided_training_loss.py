@@ -22,8 +22,7 @@ from lossary.diffusion._guidance import Guided, classifier_free
 from lossary.diffusion._mixture import Mixture, ring
 from lossary.diffusion._process import over
 from lossary.diffusion._samplers import euler, process_sigmas
-from lossary.tasks import digit_distance, digit_images, fit_denoiser, sheet, sliced_wasserstein, stacked_denoiser
-from lossary.tasks.diffusion import Draw
+from lossary.tasks import digit_distance, drawn_digits, fit_denoiser, sheet, sliced_wasserstein, stacked_denoiser
 
 TRUTH = ring(8, radius=1.3, scale=0.3)
 CLASSES = 4
@@ -49,19 +48,14 @@ def _ring(n: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
     return x.float(), component % CLASSES
 
 
-def _digits() -> Draw:
-    """Draws digits (S, n, 64) and their classes (S, n)."""
-    images, labels = digit_images()
-
-    def draw(n: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
-        rows = torch.stack([torch.randint(len(images), (n,), generator=g) for g in generators])
-        return images.flatten(1)[rows], labels[rows]
-
-    return draw
+def _digits(n: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:
+    """Digits (S, n, 64) and their classes (S, n)."""
+    x, classes = drawn_digits(n, generators)
+    return x, classes.argmax(-1)
 
 
 def _trained(seeds: Seeds, *, guided: bool, lr: float, digits: bool = False) -> Denoiser:
-    size, hidden, classes, data = (64, (128, 128), 10, _digits()) if digits else (2, (64, 64), CLASSES, _ring)
+    size, hidden, classes, data = (64, (128, 128), 10, _digits) if digits else (2, (64, 64), CLASSES, _ring)
     denoise = stacked_denoiser(size, seeds, hidden=hidden, conditions=classes)
 
     def draw(n: int, generators: Sequence[Generator]) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,7 @@ from lossary.diffusion._denoiser import Denoiser
 from lossary.diffusion._mixture import ring
 from lossary.diffusion._process import cosine
 from lossary.diffusion._samplers import euler, process_sigmas
-from lossary.tasks import digit_distance, digit_images, fit_denoiser, sheet, sliced_wasserstein, stacked_denoiser
-from lossary.tasks.diffusion import Draw
+from lossary.tasks import digit_distance, drawn_digits, fit_denoiser, sheet, sliced_wasserstein, stacked_denoiser
 
 CLEAN = ring(6, radius=1.2, scale=0.2)
 FAR = torch.tensor([4.0, 4.0])
@@ -37,18 +36,11 @@ def _data(n: int, generators: Sequence[Generator], *, outliers: float = 0.0) -> 
     return (torch.stack(batches),)
 
 
-def _digits() -> Draw:
-    """Draws (S, n, 64)."""
-    pixels = digit_images()[0].flatten(1)
-
-    def draw(n: int, generators: Sequence[Generator], *, outliers: float) -> tuple[Tensor]:
-        batches = []
-        for g in generators:
-            x = pixels[torch.randint(len(pixels), (n,), generator=g)]
-            batches.append(torch.where(torch.rand(n, 1, generator=g) < outliers, -x, x))
-        return (torch.stack(batches),)
-
-    return draw
+def _digits(n: int, generators: Sequence[Generator], *, outliers: float) -> tuple[Tensor]:
+    """(S, n, 64)."""
+    x, _ = drawn_digits(n, generators)
+    negative = torch.stack([torch.rand(n, 1, generator=g) < outliers for g in generators])
+    return (torch.where(negative, -x, x),)
 
 
 def _trained(
@@ -61,7 +53,7 @@ def _trained(
     digits: bool = False,
 ) -> Denoiser:
     """Under the squared error, or the pseudo-Huber loss where `smallest` (scheduled) or `constant` gives its delta."""
-    size, hidden, data = (64, (128, 128), _digits()) if digits else (2, (64, 64), _data)
+    size, hidden, data = (64, (128, 128), _digits) if digits else (2, (64, 64), _data)
     denoise = Denoiser(stacked_denoiser(size, seeds, hidden=hidden, process=PROCESS).network, PROCESS, "noise")
 
     def loss(denoise: Denoiser, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:

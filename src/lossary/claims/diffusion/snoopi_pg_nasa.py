@@ -2,7 +2,8 @@
 
 Distillation is of eight unevenly weighted Gaussians on a circle, four classes of two, whose perfect denoiser is the
 teacher, and of 8x8 digits by a U-Net, into perceptrons on 64 pixels. Negative prompts are tried on a one-step generator
-with cross-attention over words: "photo" is any of four corners, "photo left" one of the two on the left.
+with cross-attention over words: "photo" is any of four corners, "photo left" one of the two on the left. The claim on
+these was registered anew, after a result had been seen, to say what either arm costs.
 """
 
 import copy
