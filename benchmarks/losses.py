@@ -6,7 +6,8 @@ the ratio is the median over turns. Memory is what a turn raises the peak of a f
 reference. The top-k form waits for `torch.topk`, which alone takes as long as the reference. ALDR-KL without a table of
 lambdas takes four more softmaxes, one for a Newton step; it is shown without a target. The sigmoid losses need a
 sigmoid and a logarithm for every entry, as the reference does, and some twenty cheap operations besides, on blocks that
-stay in the cache.
+stay in the cache; the distribution-balanced one takes a second sigmoid, for its weights. The Dice loss of a batch goes
+over all probabilities four times, since sums over the batch come before values, and others before slopes.
 
 python -m benchmarks.losses
 """

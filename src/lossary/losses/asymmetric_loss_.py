@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lossary import require
-from lossary.losses._sigmoid import CELLS, binary, binary_losses
+from lossary.losses._sigmoid import binary, binary_losses
 from lossary.losses._softmax import log_prob
 from lossary.paper import Paper
 from lossary.roles import loss
@@ -37,6 +37,8 @@ PAPER = Paper(
     ),
     url="https://github.com/Alibaba-MIIL/ASL",
 )
+
+_CELLS = 2**18  # numbers of a block of samples that stays in the cache while it is worked on
 
 
 @loss(
@@ -214,23 +216,23 @@ class _SingleLabel(torch.autograd.Function):
         input: Tensor, target: Tensor, own: float, spread: float, gamma_pos: float, gamma_neg: float
     ) -> tuple[Tensor, Tensor]:
         value, slope = input.new_empty(len(input)), torch.empty_like(input)
-        at_once = len(input) if input.is_cuda else max(1, CELLS // input.shape[-1])
+        at_once = len(input) if input.is_cuda else max(1, _CELLS // input.shape[-1])
+        buffers = input.new_empty(2, min(at_once, len(input)), input.shape[-1])
         for start in range(0, len(input), at_once):
             rows = slice(start, start + at_once)
-            z, at = input[rows], target[rows].unsqueeze(-1)
-            p = torch.softmax(z, -1)
-            log_p = z - (z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log())
+            z, p, at = input[rows], slope[rows], target[rows].unsqueeze(-1)
+            power, term = buffers[:, : len(z)]
+            torch.softmax(z, -1, out=p)
+            log_p = torch.sub(z, z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_(), out=term)
             p_y, log_p_y = p.gather(-1, at), log_p.gather(-1, at)
             miss = -log_p_y.expm1()
-            pull = _raised(p, gamma_neg).mul_(-spread)  # to become p times the slope by p
-            pull.scatter_(-1, at, 0.0)
-            others = torch.linalg.vecdot(pull, log_p)
-            pull.mul_(log_p.mul_(gamma_neg).add_(1))
             focus = own * miss**gamma_pos
             fading = own * gamma_pos * miss ** max(gamma_pos - 1, 0.0) * p_y * log_p_y
-            pull.scatter_(-1, at, fading - focus)
-            value[rows] = others - (focus * log_p_y).squeeze(-1)
-            torch.sub(pull, p.mul_(pull.sum(-1, keepdim=True)), out=slope[rows])
+            _raise(p, gamma_neg, out=power).mul_(-spread).scatter_(-1, at, 0.0)
+            term.mul_(power)
+            value[rows] = term.sum(-1) - (focus * log_p_y).squeeze(-1)
+            pull = power.add_(term, alpha=gamma_neg).scatter_(-1, at, fading - focus)  # p times the slope by p
+            torch.addcmul(pull, p, pull.sum(-1, keepdim=True), value=-1, out=p)
         return value, slope
 
     @staticmethod
@@ -256,8 +258,10 @@ class _SingleLabel(torch.autograd.Function):
         return slope * grad.unsqueeze(-1), None, None, None, None, None
 
 
-def _raised(p: Tensor, gamma: float) -> Tensor:
-    return p.square().square_() if gamma == 4 else p**gamma  # a general power takes as long as ten products
+def _raise(p: Tensor, gamma: float, *, out: Tensor) -> Tensor:
+    if gamma == 4:  # a general power takes as long as ten products
+        return torch.square(p, out=out).square_()
+    return torch.pow(p, gamma, out=out)
 
 
 def _exponent(name: str, value: float) -> None:

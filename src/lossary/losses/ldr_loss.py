@@ -306,24 +306,22 @@ class _Gain(torch.autograd.Function):
     s = input / temperature - margin * onehot(target). By Danskin's theorem first derivatives need none of p.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         input: Tensor, target: Tensor, temperature: Tensor, margin: Tensor, cap: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        moved = torch.empty_like(input, memory_format=torch.contiguous_format)  # the mass each class receives
+        dtype = torch.promote_types(input.dtype, temperature.dtype)
+        moved = torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)  # the mass a class receives
         gains, kls = [], []
-        for part, (f, y, *numbers) in zip(
+        for (p, _), (f, y, unit, lead) in zip(
             _blocks(moved, target), _blocks(input, target, temperature, margin), strict=True
         ):
-            s = scaled(f, y, *numbers)
             at_y = y.unsqueeze(-1)
-            s_y = s.gather(-1, at_y).squeeze(-1)
-            p, best = _capped(s, cap)
-            kls.append(s.mul_(p).sum(-1) - best)
-            gains.append(best - s_y)
-            part[0].copy_(p.scatter_add_(-1, at_y, -torch.ones_like(p[..., :1])))
+            s = (f / unit.unsqueeze(-1)).scatter_add_(-1, at_y, -lead.unsqueeze(-1))
+            _, best = _capped(s, cap, out=p)
+            kls.append(torch.linalg.vecdot(s, p) - best)
+            gains.append(best - s.gather(-1, at_y).squeeze(-1))
+            p.scatter_add_(-1, at_y, -torch.ones_like(p[..., :1]))
         return torch.cat(gains).view(target.shape), torch.cat(kls).view(target.shape), moved
 
     @staticmethod
@@ -354,19 +352,34 @@ class _Gain(torch.autograd.Function):
             by_margin = (-grad * moved_y).sum_to_size(margin.shape)
         return moved * (grad / temperature).unsqueeze(-1), None, by_temperature, by_margin, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Leading dimensions are independent, so the mapped one becomes one of them."""
+        *tensors, cap = inputs
+        input, target, *numbers = (t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims))
+        input, target = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t for t, dim in zip((input, target), in_dims)
+        )
+        for i, dim in enumerate(in_dims[2:4]):
+            if dim is not None:  # one for a replica, or for each of its samples
+                numbers[i] = numbers[i].reshape(*numbers[i].shape, *[1] * (target.ndim - numbers[i].ndim))
+        return _Gain.apply(input, target, *numbers, cap), (0, 0, 0)
 
-def _capped(s: Tensor, cap: int) -> tuple[Float[Tensor, "*batch classes"], Float[Tensor, "*batch"]]:
+
+def _capped(
+    s: Tensor, cap: int, out: Tensor | None = None
+) -> tuple[Float[Tensor, "*batch classes"], Float[Tensor, "*batch"]]:
     """The p with p_k <= 1 / cap that maximises sum_k p_k s_k - KL(p, uniform), and that maximum.
 
     p_k = min(1 / cap, exp(s_k + level)). The m largest s are at the cap, where m is the first number at which the
     next largest, sharing 1 - m / cap with the rest in softmax proportions, stays below it.
     """
     if cap == 1:
-        p = torch.softmax(s, -1)
+        p = torch.softmax(s, -1, out=out)
         return p, s.amax(-1) - p.amax(-1).log() - math.log(s.shape[-1])
     ceiling = -math.log(cap)
     top, where = s.topk(cap, -1)
-    rest = torch.softmax(s.scatter(-1, where[..., :-1], -torch.inf), -1)
+    rest = torch.softmax(s.scatter(-1, where[..., :-1], -torch.inf), -1, out=out)
     tail = top[..., -1:] - rest.gather(-1, where[..., -1:]).log()  # log-sum of all but the cap - 1 largest
     log_sums = torch.cat([tail, top[..., :-1].flip(-1)], -1).logcumsumexp(-1).flip(-1)  # of all but the m largest
     levels = torch.linspace(1, 1 / cap, cap, dtype=s.dtype, device=s.device).log() - log_sums

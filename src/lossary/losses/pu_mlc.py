@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lossary import require
-from lossary.losses._sigmoid import CELLS, binary
+from lossary.losses._sigmoid import binary
 from lossary.paper import Paper
 from lossary.roles import loss
 
@@ -43,6 +43,7 @@ PAPER = Paper(
 )
 
 _COLDEST, _RAREST = 0.01, 1e-10
+_CELLS = 2**18  # numbers of a block of samples that stays in the cache while it is worked on
 
 
 @loss(
@@ -147,20 +148,25 @@ class _PULoss(torch.autograd.Function):
     def forward(input: Tensor, target: Tensor, alpha: float, gamma: float) -> tuple[Tensor, ...]:
         n = len(input)
         heat = torch.ones_like(input[0], dtype=torch.promote_types(input.dtype, torch.float32))
-        mean, variance, count, m = (torch.zeros_like(heat) for _ in range(4))
+        total, squares, count, m = (torch.zeros_like(heat) for _ in range(4))
+        value, buffers = input.new_empty(n), _buffers(input, heat)
+        start = input[0].to(heat.dtype)  # a variance taken about one of the values loses few digits
         for rows in _blocks(input):
-            mean += input[rows].sum(0, dtype=heat.dtype) / n
-            count += _marks(target[rows], heat).sum(0)
+            apart, marks = buffers[:, : len(value[rows])]
+            total += torch.sub(input[rows], start, out=apart).sum(0)
+            squares += apart.square_().sum(0)
+            count += _marks(target[rows], out=marks).sum(0)
         if n > 1:
-            for rows in _blocks(input):
-                variance += (input[rows] - mean).square_().sum(0) / n
+            variance = (squares / n - (total / n).square()).clamp_(min=0)
             heat = (alpha * variance.sqrt()).clamp(_COLDEST, 1.0).reciprocal_()
         share = n / count.clamp(min=1)
-        value = input.new_empty(n)
         for rows in _blocks(input):
-            u = input[rows] * heat
-            m += torch.sigmoid(u).sum(0) / n
-            value[rows] = -(F.logsigmoid(u).mul_(_marks(target[rows], u)) @ share)
+            u, log_p = buffers[:, : len(value[rows])]
+            p = torch.sigmoid(torch.mul(input[rows], heat, out=u), out=log_p)
+            m += p.sum(0) / n
+            p.clamp_(min=torch.finfo(p.dtype).tiny).log_()
+            torch.minimum(log_p, u, out=log_p)  # u is larger, unless p was at its bound, where log sigmoid(u) is u
+            value[rows] = -(log_p.mul_(_marks(target[rows], out=u)) @ share)
         m.clamp_(min=_RAREST)
         factor = m**gamma
         return value + (factor * m.log()).sum().to(value.dtype), heat, factor / (n * m), share
@@ -180,24 +186,33 @@ class _PULoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted, so the slope must depend on the input
             u = input * heat
             m = torch.sigmoid(u).mean(0).clamp(min=_RAREST)
-            pulled = (F.logsigmoid(u) * _marks(target, u) * share).sum(-1)
+            pulled = (F.logsigmoid(u) * target.to(u.dtype).clamp(min=0) * share).sum(-1)
             value = (m.detach() ** ctx.gamma * m.log()).sum() - pulled
             return *torch.autograd.grad(value, input, grad, create_graph=True), None, None, None
-        slope, push = torch.empty_like(input), grad.sum() * push
+        slope, buffers = torch.empty_like(input), _buffers(input, heat)
+        push, share = grad.sum() * push * heat, share * heat
         for rows in _blocks(input):
-            p = torch.sigmoid(input[rows] * heat)
-            pull = _marks(target[rows], p).mul_(share).mul_(grad[rows].unsqueeze(-1))
-            slope[rows] = (p * push).sub_(pull).mul_(p.neg_().add_(1)).mul_(heat)
+            p, pull = buffers[:, : len(slope[rows])]
+            torch.sigmoid(torch.mul(input[rows], heat, out=p), out=p)
+            _marks(target[rows], out=pull).mul_(grad[rows].unsqueeze(-1)).mul_(share).addcmul_(p, push, value=-1)
+            torch.mul(pull, p.sub_(1), out=slope[rows])
         return slope, None, None, None
 
 
-def _marks(target: Tensor, like: Tensor) -> Tensor:
-    return target.to(like.dtype).clamp(min=0)  # several times as fast as comparing
+def _marks(target: Tensor, *, out: Tensor) -> Tensor:
+    return torch.clamp(target.to(out.dtype), min=0, out=out)  # several times as fast as comparing
+
+
+def _buffers(rows: Tensor, like: Tensor) -> Tensor:
+    return like.new_empty(2, min(_at_once(rows), len(rows)), rows.shape[-1])
+
+
+def _at_once(rows: Tensor) -> int:
+    return len(rows) if rows.is_cuda else max(1, _CELLS // rows.shape[-1])
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    at_once = len(rows) if rows.is_cuda else max(1, CELLS // rows.shape[-1])
-    return (slice(start, start + at_once) for start in range(0, len(rows), at_once))
+    return (slice(start, start + _at_once(rows)) for start in range(0, len(rows), _at_once(rows)))
 
 
 def _number(name: str, value: float, **bounds: float) -> None:

@@ -147,9 +147,12 @@ def simpsons_bias(
 _CELLS = 2**18
 
 
+def _at_once(rows: Tensor) -> int:
+    return len(rows) if rows.is_cuda else max(1, _CELLS // rows.shape[-1])
+
+
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    at_once = len(rows) if rows.is_cuda else max(1, _CELLS // rows.shape[-1])
-    return (slice(start, start + at_once) for start in range(0, len(rows), at_once))
+    return (slice(start, start + _at_once(rows)) for start in range(0, len(rows), _at_once(rows)))
 
 
 def _plain(input: Tensor, target: Tensor, smooth: float, *, over_batch: bool) -> Tensor:
@@ -167,18 +170,20 @@ class _SampleDice(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, target: Tensor, smooth: float) -> tuple[Tensor, Tensor]:
         value, slope = input.new_empty(len(input)), torch.empty_like(input)
+        buffers = input.new_empty(2, min(_at_once(input), len(input)), input.shape[-1])
         for rows in _blocks(input):
-            p, at = torch.softmax(input[rows], -1), target[rows].unsqueeze(-1)
-            p_y = p.gather(-1, at)
+            p, at = slope[rows], target[rows].unsqueeze(-1)
+            cost, pull = buffers[:, : len(p)]
+            p_y = torch.softmax(input[rows], -1, out=p).gather(-1, at)
             mass_y, miss = p_y.square() + (1 + smooth), 1 - p_y
-            cost = p.square()
-            by_mass = (cost + smooth).reciprocal_()
-            cost.mul_(by_mass)  # p^2 / (p^2 + s), right but for the target's class
-            by_mass.mul_(cost)  # p times its slope by p, over 2 s
-            cost.scatter_(-1, at, miss.square() / mass_y)
-            by_mass.scatter_(-1, at, p_y * (miss / mass_y + miss.square() * p_y / mass_y.square()) / -smooth)
+            mass = torch.add(torch.square(p, out=cost), smooth, out=pull)
+            cost.div_(mass)  # p^2 / (p^2 + s), right but for the target's class
+            torch.div(cost, mass, out=pull)  # p times its slope by p, over 2 s
+            share_y = miss / mass_y
+            cost.scatter_(-1, at, miss * share_y)
+            pull.scatter_(-1, at, p_y * share_y * (1 + share_y * p_y) / -smooth)
             torch.mean(cost, -1, out=value[rows])
-            torch.sub(by_mass, p.mul_(by_mass.sum(-1, keepdim=True)), out=slope[rows])
+            torch.addcmul(pull, p, pull.sum(-1, keepdim=True), value=-1, out=p)
         return value, slope
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lossary import require
 from lossary.paper import Paper
+from lossary.roles import penalty
 
 PAPER = Paper(
     title="Virtual Adversarial Training: A Regularization Method for Supervised and Semi-Supervised Learning",
@@ -40,6 +41,15 @@ PAPER = Paper(
 )
 
 
+@penalty(
+    on="module",
+    examples=({"epsilon": 0.5}, {"epsilon": 1.0, "steps": 2}),
+    tune={"epsilon": (0.3, 1.0, 3.0)},
+    xfail={
+        "gradient": "p(x) and the direction are held fixed, which finite differences do not do",
+        "order_free": "each row's first direction is drawn in the order of the batch",
+    },
+)
 class VATLoss(nn.Module):
     """`vat_loss` with its settings: called as loss(model, x), labelled and unlabelled inputs alike.
 
@@ -47,7 +57,9 @@ class VATLoss(nn.Module):
         loss = F.cross_entropy(model(x), y) + vat(model, torch.cat([x, unlabelled]))
 
     Args:
-        epsilon, generator, xi, steps: as in `vat_loss`.
+        epsilon, xi, steps: as in `vat_loss`.
+        generator: of the first directions; a sequence makes a stack, one replica for each in x's leading dimension,
+            and each replica has its own mean or sum. None is a generator with seed 0.
         reduction: "mean", "sum" or "none", which leaves one value for each input.
 
     Raises:
@@ -63,7 +75,7 @@ class VATLoss(nn.Module):
         self,
         *,
         epsilon: float,
-        generator: Generator | Sequence[Generator],
+        generator: Generator | Sequence[Generator] | None = None,
         xi: float = 0.1,
         steps: int = 1,
         reduction: str = "mean",
@@ -73,7 +85,8 @@ class VATLoss(nn.Module):
         _check("xi", xi)
         require.whole("steps", steps)
         require.one_of("reduction", reduction, ("mean", "sum", "none"))
-        self.epsilon, self.generator, self.xi, self.steps, self.reduction = epsilon, generator, xi, steps, reduction
+        self.generator = Generator().manual_seed(0) if generator is None else generator
+        self.epsilon, self.xi, self.steps, self.reduction = epsilon, xi, steps, reduction
 
     def forward(
         self, model: Callable[[Tensor], Tensor], x: Float[Tensor, "*inputs"], *, logits: Tensor | None = None
@@ -84,7 +97,9 @@ class VATLoss(nn.Module):
         )
         if self.reduction == "none":
             return values
-        return values.mean() if self.reduction == "mean" else values.sum()
+        replicas = () if isinstance(self.generator, Generator) else (len(values),)
+        values = values.reshape(*replicas, -1)
+        return values.mean(-1) if self.reduction == "mean" else values.sum(-1)
 
     def extra_repr(self) -> str:
         return f"epsilon={self.epsilon}, xi={self.xi}, steps={self.steps}, reduction={self.reduction!r}"
@@ -197,6 +212,8 @@ def conditional_entropy_loss(input: Float[Tensor, "*batch classes"]) -> Float[Te
 
 def _clean(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor | None) -> Tensor:
     """The logits at x, without a graph."""
+    if not callable(model):
+        raise ValueError(f"model: expected something to call on inputs, got a {type(model).__name__}")
     require.floating("x", x, at_least_dims=1)
     if logits is None:
         with torch.no_grad():

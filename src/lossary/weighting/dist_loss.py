@@ -12,6 +12,7 @@ age by more than 9 years went with a higher risk.
 import math
 from collections.abc import Callable, Sequence
 from itertools import cycle
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,12 +26,13 @@ PAPER = Paper(
     title="Artificial Intelligence-derived Vascular Age from Photoplethysmography: A Novel Digital Biomarker for"
     " Cardiovascular Health",
     year=2025,
-    helps=("class-imbalance",),
+    helps=("class-imbalance", "heavy-tails"),
     departs=(
         "the loss alone: no network for pulse waves, no survival analysis",
         "what rounding leaves over in the pseudo labels goes to ever further neighbours of the mode; the official code"
         " may go below 0 or beyond the ends of the grid",
         "the values of sorted predictions are dealt back to the samples that they come from; the mean is the same",
+        "`build` lays the grid of pseudo labels by the labels themselves, where no other resolution is known",
     ),
     equation=(
         r"\begin{aligned} "
@@ -50,6 +52,7 @@ PAPER = Paper(
         {"pseudo_labels": (-1.0, -0.5, 0.0, 0.25, 0.5, 2.0)},
         {"pseudo_labels": (-2.0, -1.0, 0.0, 0.0, 1.0, 3.0), "weight": 0.5, "distance": "l2", "strength": 4.0},
     ),
+    tune={"weight": (0.5, 1.0, 2.0)},
     limits={"l1_loss": {"weight": 0.0, "distance": "l1"}, "mse_loss": {"weight": 0.0, "distance": "l2"}},
 )
 class DistLoss(nn.Module):
@@ -58,7 +61,8 @@ class DistLoss(nn.Module):
     q are the predictions sorted by `soft_sort`, s the pseudo labels. All batches must have as many samples as there
     are pseudo labels (`drop_last=True`).
 
-        loss = DistLoss(kde_pseudo_labels(y_train, 256, low=21, high=100))
+        loss = DistLoss(kde_pseudo_labels(y_train, 256, low=21, high=100))  # ages in years
+        loss = DistLoss.build(y_train, 256)  # or where no range and no resolution are given
         loss(model(x).squeeze(-1), y).mean().backward()
 
     Args:
@@ -99,6 +103,24 @@ class DistLoss(nn.Module):
             require.one_of("distance", distance, ("l1", "l2"))
         self.register_buffer("pseudo_labels", pseudo_labels)
         self.weight, self.distance, self.strength = weight, distance, strength
+
+    @classmethod
+    def build(cls, labels: Float[Tensor, " samples"], batch_size: int, **hyper: Any) -> "DistLoss":
+        """With the pseudo labels of training labels, on a grid over their range in tenths of their deviation.
+
+        Args:
+            labels: of the training samples; of two values at least.
+            batch_size: of every batch, at least 1.
+            **hyper: what the class takes besides.
+
+        Raises:
+            ValueError: what `kde_pseudo_labels` and the class raise.
+        """
+        require.floating("labels", labels, dims=1)
+        if len(labels) < 2 or not bool(labels.min() < labels.max()):
+            raise ValueError("labels: expected two different values at least")
+        low, high, step = labels.min().item(), labels.max().item(), labels.std().item() / 10
+        return cls(kde_pseudo_labels(labels, batch_size, low=low, high=high, step=step), **hyper)
 
     def forward(self, input: Float[Tensor, "*batch"], target: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """The loss of predictions `input`, a whole batch of them."""

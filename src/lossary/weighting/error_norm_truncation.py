@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lossary import require
+from lossary.losses._softmax import _LogProb
 from lossary.paper import Paper
 from lossary.roles import loss
 
@@ -32,6 +33,8 @@ PAPER = Paper(
     ),
     url="https://arxiv.org/abs/2310.00840",
 )
+
+_CELLS = 2**18  # numbers of a block of samples that stays in the cache while it is worked on
 
 
 @torch.no_grad()
@@ -115,12 +118,12 @@ class ErrorNormTruncationLoss(nn.Module):
         require.classes(input, target)
         ignored = target == self.ignore_index
         token = target.masked_fill(ignored, 0)
-        log_p = input.log_softmax(-1)
-        value = -log_p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        log_p_y, p = _LogProb.apply(input, token, None, None)
+        value = -log_p_y
         if not self.training:
             return value.masked_fill(ignored, 0)
         with torch.no_grad():
-            error = _distance(log_p.exp(), token)
+            error = _distance(p, token)
             cut = self.threshold if self.fraction is None else _exceeded_by(self.fraction, error, ignored)
             truncated = (error > cut) & (self.steps >= self.warmup)
             self.steps += 1
@@ -132,11 +135,12 @@ class ErrorNormTruncationLoss(nn.Module):
 
 
 def _distance(p: Tensor, target: Tensor) -> Tensor:
-    """|p - onehot(target)|_2; p is overwritten. Exact where p_y is near 1, unlike the expanded square."""
-    at_target = target.unsqueeze(-1)
-    p.scatter_add_(-1, at_target, p.new_full((), -1.0).expand(at_target.shape))
-    norm: Tensor = torch.linalg.vector_norm(p, dim=-1)
-    return norm
+    """|p - onehot(target)|_2, in blocks for the cache. Exact where p_y is near 1, unlike the expanded square."""
+    classes = p.shape[-1]
+    rows = target.numel() if p.is_cuda else _CELLS // classes
+    parts = zip(*(t.split(max(1, rows)) for t in (p.reshape(-1, classes), target.reshape(-1, 1))))
+    norms = [torch.linalg.vector_norm(q.scatter_add(-1, y, -torch.ones_like(q[:, :1])), dim=-1) for q, y in parts]
+    return torch.cat(norms).view(target.shape)
 
 
 def _exceeded_by(fraction: float, error: Tensor, ignored: Tensor) -> Tensor:

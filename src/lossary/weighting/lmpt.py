@@ -12,6 +12,7 @@ another counts a hundredth.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lossary import require
-from lossary.losses._sigmoid import binary_losses
+from lossary.losses._sigmoid import CELLS, binary_losses
 from lossary.paper import Paper
 from lossary.roles import loss
 
@@ -137,25 +138,105 @@ def distribution_balanced_loss(
     tensor([0.2079])
     """
     require.whole("num_samples", num_samples, at_least=2)
-    for name, value in (("negative_scale", negative_scale), ("gamma", gamma)):
+    hyper = {"alpha": alpha, "beta": beta, "mu": mu, "negative_scale": negative_scale, "gamma": gamma}
+    for name, value in hyper.items():
         if isinstance(value, Tensor):
             raise ValueError(f"{name}: expected a number, got a tensor; no gradient flows to it")
     for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
         require.number(name, value, at_least=0.0)
+    if 0 < gamma < 1:
+        raise ValueError(f"gamma: expected 0 or a number >= 1 (the slope is infinite at q = 1), got {gamma!r}")
     require.number("mu", mu)
     require.number("bias", bias)
     require.number("negative_scale", negative_scale, above=0.0)
     counts = _counts(class_counts, input, target).clamp(max=num_samples - 1)
-    rarity = 1 / counts
-    present = (target.to(input.dtype) @ rarity).unsqueeze(-1)
+    shift = bias / negative_scale * torch.log(num_samples / counts - 1)
+    tensors = input, target, (1 / counts).expand_as(input), shift.expand_as(input)
+    values = _plain(*tensors, *hyper.values()) if torch.compiler.is_compiling() else _apply(*tensors, *hyper.values())
+    return 2 / input.shape[-1] * values
+
+
+def _plain(
+    input: Tensor,
+    target: Tensor,
+    rarity: Tensor,
+    shift: Tensor,
+    alpha: float,
+    beta: float,
+    mu: float,
+    scale: float,
+    gamma: float,
+) -> Tensor:
+    """The formula as it stands, for second derivatives and compilers."""
+    present = torch.linalg.vecdot(target.to(input.dtype), rarity).unsqueeze(-1)
     share = rarity / present.clamp(min=torch.finfo(input.dtype).tiny)
     weight = alpha + torch.sigmoid(beta * (share - mu))
-    logit = input - bias / negative_scale * torch.log(num_samples / counts - 1)
-    logit = torch.where(target > 0.5, logit, negative_scale * logit)
-    values = binary_losses(
-        logit, target, positive=gamma, negative=gamma, weight=weight, negative_weight=1 / negative_scale
-    )
-    return 2 / input.shape[-1] * values
+    logit = input - shift
+    logit = torch.where(target > 0.5, logit, scale * logit)
+    return binary_losses(logit, target, positive=gamma, negative=gamma, weight=weight, negative_weight=1 / scale)
+
+
+def _apply(*inputs: Any) -> Tensor:
+    value: Tensor = _Balanced.apply(*inputs)[0]
+    return value
+
+
+class _Balanced(torch.autograd.Function):
+    """`_plain` and its slope by the logits, on rows that stay in the cache; the slope alone is kept."""
+
+    @staticmethod
+    def forward(input: Tensor, target: Tensor, rarity: Tensor, shift: Tensor, *hyper: float) -> tuple[Tensor, Tensor]:
+        alpha, beta, mu, scale, gamma = hyper
+        labels, tiny = input.shape[-1], torch.finfo(input.dtype).tiny
+        z, y, rarity, shift = (t.reshape(-1, labels) for t in (input, target.to(input.dtype), rarity, shift))
+        value, slope = z.new_empty(len(z)), torch.empty_like(z)
+        at_once = len(z) if z.is_cuda else max(1, CELLS // labels)
+        buffers = z.new_empty(5, min(at_once, len(z)), labels)
+        offset, one, light, steep = (z.new_full((), number) for number in (-beta * mu, 1.0, 1 / scale, scale))
+        for start in range(0, len(z), at_once):
+            rows = slice(start, start + at_once)
+            there, by_z = y[rows], slope[rows]
+            weight, sign, u, q, log_q = buffers[:, : len(there)]
+            present = torch.linalg.vecdot(there, rarity[rows]).clamp_(min=tiny).reciprocal_().unsqueeze(-1)
+            torch.addcmul(offset, rarity[rows], present, value=beta, out=weight).sigmoid_().add_(alpha)
+            weight.mul_(torch.lerp(light, one, there, out=u))
+            torch.add(steep, there, alpha=-1 - scale, out=sign)  # -1 where the label is there, scale where not
+            torch.sub(shift[rows], z[rows], out=u).mul_(sign)
+            torch.sigmoid(u, out=q).clamp_(min=tiny)
+            torch.log(q, out=log_q)
+            torch.minimum(log_q, u, out=log_q)  # u is larger, unless q is at its bound, where log sigmoid(u) is u
+            miss = torch.sub(1, q, out=u)
+            weight.mul_(torch.pow(miss, gamma, out=by_z))
+            log_q.mul_(weight)
+            torch.sum(log_q, -1, out=value[rows])
+            torch.sub(weight.mul_(miss), log_q.mul_(q), alpha=gamma, out=by_z).mul_(sign)
+        return value.neg_().view(input.shape[:-1]), slope.view(input.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.hyper = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        *inputs, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted, so the slope must depend on the input
+            (slope,) = torch.autograd.grad(_plain(*inputs, *ctx.hyper).sum(), inputs[0], create_graph=True)
+        by_input = slope * grad.unsqueeze(-1)
+        return by_input, None, None, -by_input if ctx.needs_input_grad[3] else None, *(None,) * 5
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """Leading dimensions are independent, so the mapped one becomes one of them."""
+        stacked = [
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(inputs[:4], in_dims)
+        ]
+        return _Balanced.apply(*stacked, *inputs[4:]), (0, 0)
 
 
 def _counts(class_counts: Sequence[int] | Tensor, input: Tensor, target: Tensor) -> Float[Tensor, " classes"]:

@@ -99,7 +99,7 @@ def test_the_single_label_form(gamma_neg, gamma_pos, e, monkeypatch):
     assert torch.autograd.gradgradcheck(call, z, fast_mode=True)
     (slope,) = torch.autograd.grad(call(z).sum(), z)
     assert torch.allclose(torch.autograd.grad(call(z).sum(), z, create_graph=True)[0], slope, rtol=1e-10)
-    monkeypatch.setattr(asymmetric_loss_, "CELLS", 8)  # two rows at a time
+    monkeypatch.setattr(asymmetric_loss_, "_CELLS", 8)  # two rows at a time
     in_blocks = call(z)
     assert in_blocks.tolist() == pytest.approx(expected, abs=1e-12)
     assert torch.allclose(torch.autograd.grad(in_blocks.sum(), z)[0], slope, rtol=1e-12)

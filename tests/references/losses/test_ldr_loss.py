@@ -204,6 +204,21 @@ def test_second_derivatives_of_top_k(k):
     assert torch.autograd.gradgradcheck(values, (input, lam))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # scatter_ in the slope, mapped one by one
+@pytest.mark.parametrize("k", [1, 2])
+def test_it_maps_over_logits_targets_and_prices(k):
+    lam, input = torch.tensor([0.5, 2.0]), torch.stack([LOGITS, LOGITS.flip(0)])
+    target = torch.stack([TARGET, TARGET.flip(0)])
+
+    def slope(f, y, t):
+        return torch.func.grad(lambda f: ldr_top_k_loss(f, y, k=k, lam=t, normalize=True).sum())(f)
+
+    for f, y, t in ((input, target, lam), (LOGITS, target, 0.7), (input, TARGET, lam), (LOGITS, TARGET, lam)):
+        dims = tuple(None if v is LOGITS or v is TARGET or v is t is not lam else 0 for v in (f, y, t))
+        each = [tuple(v if d is None else v[i] for v, d in zip((f, y, t), dims)) for i in range(2)]
+        torch.testing.assert_close(torch.vmap(slope, in_dims=dims)(f, y, t), torch.stack([slope(*one) for one in each]))
+
+
 @pytest.mark.parametrize("loss", [ldr_kl_loss, aldr_kl_loss, ldr_top_k_loss])
 def test_normalised_logits_forget_their_scale(loss):
     plain = loss(LOGITS / LOGITS.abs().mean(-1, keepdim=True), TARGET)

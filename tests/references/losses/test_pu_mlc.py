@@ -67,7 +67,7 @@ def test_the_slope_takes_factor_and_temperature_as_constants(alpha, gamma, monke
 
     assert torch.allclose(slope(), expected, rtol=1e-10)
     assert torch.allclose(slope(create_graph=True), expected, rtol=1e-10)
-    monkeypatch.setattr(pu_mlc, "CELLS", 9)  # three rows at a time
+    monkeypatch.setattr(pu_mlc, "_CELLS", 9)  # three rows at a time
     assert torch.allclose(slope(), expected, rtol=1e-10)
     assert pu_multilabel_loss(Z, Y, alpha=alpha, gamma=gamma).tolist() == pytest.approx(values.tolist(), abs=1e-12)
 
@@ -85,6 +85,8 @@ def test_equal_logits_and_single_samples_stay_finite():
     log_p = -math.log1p(math.exp(-2))
     assert value.tolist() == pytest.approx([log_p - 4 * log_p, log_p, log_p, log_p], rel=1e-4)
     assert torch.autograd.grad(value.sum(), z)[0].isfinite().all()
+    hopeless = pu_multilabel_loss(torch.tensor([[-1e4], [1e4]]), torch.tensor([[1.0], [0.0]]), gamma=0.0)
+    assert (hopeless[0] - hopeless[1]).item() == pytest.approx(2 * 1e4, rel=1e-6)  # -log p does not stop where p does
     alone = pu_multilabel_loss(torch.tensor([[0.3]]), torch.tensor([[1.0]]), gamma=0.0)
     assert alone.item() == pytest.approx(0.0, abs=1e-6)  # tau is 1, log p less log p
     buried = torch.full((64, 1), -1e4, requires_grad=True)

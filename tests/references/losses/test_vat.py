@@ -88,6 +88,13 @@ def test_a_stack_of_models_is_each_model_alone():
     for s in range(2):
         alone = vat_loss(stack.replica(s), x[s], epsilon=1.0, generator=seeded(7 + s))
         torch.testing.assert_close(together[s], alone)
+    for reduction in ("mean", "sum"):
+        each = VATLoss(epsilon=1.0, generator=[seeded(7), seeded(8)], reduction=reduction)(stack, x)
+        torch.testing.assert_close(each, getattr(together, reduction)(-1))
+    torch.testing.assert_close(
+        VATLoss(epsilon=1.0)(stack.replica(0), x[0]),
+        vat_loss(stack.replica(0), x[0], epsilon=1.0, generator=seeded(0)).mean(),
+    )
 
 
 def test_images_have_one_direction_each_of_length_one():

@@ -127,6 +127,20 @@ def test_each_sample_carries_the_distance_at_its_own_rank():
     assert loss(torch.tensor([5.0, 3.0, 4.0]), torch.zeros(3)).tolist() == [5 + 5 - 9, 3 + 3 - 1, 4 + 4 - 2]
 
 
+def test_built_from_labels_its_pseudo_labels_are_their_quantiles():
+    """Of a normal law, widened by the kernel of half its deviation, at the middles of equal shares, up to a step."""
+    g = torch.Generator().manual_seed(0)
+    labels = 50 + 10 * torch.randn(20_000, generator=g, dtype=torch.float64)
+    made = DistLoss.build(labels, 2000, weight=0.5)
+    shares = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    expected = torch.distributions.Normal(50.0, 125.0**0.5).icdf(shares)
+    inner = slice(100, -100)  # what rounding leaves over comes from the tails
+    assert (made.pseudo_labels[inner] - expected[inner]).abs().max() < 1
+    assert made.weight == 0.5
+    with pytest.raises(ValueError, match="labels"):
+        DistLoss.build(torch.ones(5), 4)
+
+
 def test_a_stack_has_pseudo_labels_of_its_own_and_criterion_takes_the_mean():
     pseudo = torch.stack([PSEUDO, PSEUDO + 3])
     together = DistLoss(pseudo)(PREDICTIONS.expand(2, 8), AGES.expand(2, 8))

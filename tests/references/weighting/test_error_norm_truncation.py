@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lossary.criterion import Criterion
-from lossary.weighting import ErrorNormTruncationLoss, error_norm
+from lossary.weighting import ErrorNormTruncationLoss, error_norm, error_norm_truncation
 
 LOGITS = torch.tensor(
     [
@@ -46,6 +46,12 @@ def test_a_small_error_keeps_its_digits():
     miss = math.exp(-12.0) / (1 + math.exp(-12.0))  # of two classes; the error is sqrt(2) * miss
     error = error_norm(torch.tensor([[12.0, 0.0]]), torch.tensor([0])).item()
     assert error == pytest.approx(math.sqrt(2) * miss, rel=1e-2)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    whole = error_norm(LOGITS, TARGET)
+    monkeypatch.setattr(error_norm_truncation, "_CELLS", 12)  # three tokens at a time
+    assert torch.equal(error_norm(LOGITS, TARGET), whole)
 
 
 def test_equally_improbable_targets_are_told_apart():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lossary.weighting import class_specific_embedding_loss, distribution_balanced_loss
+from lossary.weighting import class_specific_embedding_loss, distribution_balanced_loss, lmpt
 
 LOGITS = torch.tensor([[0.4, -1.0, 0.3, 2.0], [1.5, 0.2, -0.6, -2.0], [-0.3, 0.8, 1.1, 0.0]])
 TARGET = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
@@ -84,7 +84,30 @@ def test_exact_where_the_sigmoid_rounds_to_one():
     assert value.item() == pytest.approx(2 * (share * 200 + negative) / 2, rel=1e-6)
 
 
+def test_derivatives_blocks_and_maps(monkeypatch):
+    input, target = LOGITS.double().requires_grad_(), TARGET.double()
+    bias = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def values(z, bias=0.3):
+        return distribution_balanced_loss(z, target, class_counts=COUNTS, num_samples=100, bias=bias)
+
+    assert torch.autograd.gradcheck(values, (input, bias))
+    assert torch.autograd.gradgradcheck(values, (input,))
+    whole, (slope,) = values(input), torch.autograd.grad(values(input).sum(), input)
+    monkeypatch.setattr(lmpt, "CELLS", 8)  # two rows at a time, the last one alone
+    assert torch.equal(values(input), whole)
+    assert torch.equal(torch.autograd.grad(values(input).sum(), input)[0], slope)
+    mapped = torch.vmap(torch.func.grad(lambda z: values(z).sum()))(torch.stack([input.detach(), -input.detach()]))
+    torch.testing.assert_close(mapped[0], slope)
+    compiled = torch.compile(values, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input), whole)
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match="alpha: expected a number, got a tensor"):
+        distribution_balanced_loss(LOGITS, TARGET, class_counts=COUNTS, num_samples=9, alpha=torch.tensor(0.1))
+    with pytest.raises(ValueError, match="gamma: expected 0 or a number >= 1"):
+        distribution_balanced_loss(LOGITS, TARGET, class_counts=COUNTS, num_samples=9, gamma=0.5)
     with pytest.raises(ValueError, match=r"class_counts: expected 4 counts, one for each class, got shape \(3,\)"):
         class_specific_embedding_loss(LOGITS, TARGET, class_counts=(3, 2, 1))
     with pytest.raises(ValueError, match="class_counts: expected a number >= 0, got -1"):
