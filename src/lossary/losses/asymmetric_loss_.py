@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lossary import require
+from lossary.losses._blocks import at_once, blocks
 from lossary.losses._sigmoid import binary, binary_losses
 from lossary.losses._softmax import log_prob
 from lossary.paper import Paper
@@ -37,8 +38,6 @@ PAPER = Paper(
     ),
     url="https://github.com/Alibaba-MIIL/ASL",
 )
-
-_CELLS = 2**18  # numbers of a block of samples that stays in the cache while it is worked on
 
 
 @loss(
@@ -216,10 +215,8 @@ class _SingleLabel(torch.autograd.Function):
         input: Tensor, target: Tensor, own: float, spread: float, gamma_pos: float, gamma_neg: float
     ) -> tuple[Tensor, Tensor]:
         value, slope = input.new_empty(len(input)), torch.empty_like(input)
-        at_once = len(input) if input.is_cuda else max(1, _CELLS // input.shape[-1])
-        buffers = input.new_empty(2, min(at_once, len(input)), input.shape[-1])
-        for start in range(0, len(input), at_once):
-            rows = slice(start, start + at_once)
+        buffers = input.new_empty(2, min(at_once(input), len(input)), input.shape[-1])
+        for rows in blocks(input):
             z, p, at = input[rows], slope[rows], target[rows].unsqueeze(-1)
             power, term = buffers[:, : len(z)]
             torch.softmax(z, -1, out=p)

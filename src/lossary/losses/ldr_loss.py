@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lossary import require
+from lossary.losses._blocks import at_once
 from lossary.losses._softmax import log_prob, scaled
 from lossary.paper import Paper
 from lossary.roles import loss
@@ -43,7 +44,6 @@ PAPER = Paper(
 )
 
 _NEWTON_STEPS = 4
-_CELLS = 2**18  # numbers of a block of samples that stays in the cache while it is worked on
 
 
 @loss(
@@ -269,9 +269,10 @@ def _share_of_lam0(
 def _blocks(input: Tensor, target: Tensor, *numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The samples in a row, cut into blocks that fit the cache of a CPU."""
     classes = input.shape[-1]
-    rows = max(1, _CELLS // classes) if input.device.type == "cpu" else max(1, target.numel())
-    flat = [number.expand(target.shape).reshape(-1).split(rows) for number in (target, *numbers)]
-    return zip(input.reshape(-1, classes).split(rows), *flat)
+    samples = input.reshape(-1, classes)
+    size = at_once(samples)
+    flat = [number.expand(target.shape).reshape(-1).split(size) for number in (target, *numbers)]
+    return zip(samples.split(size), *flat)
 
 
 def _newton(u: Float[Tensor, "rows classes"], alpha: float | Tensor) -> Float[Tensor, " rows"]:

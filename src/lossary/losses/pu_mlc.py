@@ -8,7 +8,7 @@ batch: take large ones, as a label without positives in a batch is only pushed d
 cross-entropy or the asymmetric loss knows more.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lossary import require
+from lossary.losses._blocks import at_once, blocks
 from lossary.losses._sigmoid import binary
 from lossary.paper import Paper
 from lossary.roles import loss
@@ -43,7 +44,6 @@ PAPER = Paper(
 )
 
 _COLDEST, _RAREST = 0.01, 1e-10
-_CELLS = 2**18  # numbers of a block of samples that stays in the cache while it is worked on
 
 
 @loss(
@@ -151,7 +151,7 @@ class _PULoss(torch.autograd.Function):
         total, squares, count, m = (torch.zeros_like(heat) for _ in range(4))
         value, buffers = input.new_empty(n), _buffers(input, heat)
         start = input[0].to(heat.dtype)  # a variance taken about one of the values loses few digits
-        for rows in _blocks(input):
+        for rows in blocks(input):
             apart, marks = buffers[:, : len(value[rows])]
             total += torch.sub(input[rows], start, out=apart).sum(0)
             squares += apart.square_().sum(0)
@@ -160,7 +160,7 @@ class _PULoss(torch.autograd.Function):
             variance = (squares / n - (total / n).square()).clamp_(min=0)
             heat = (alpha * variance.sqrt()).clamp(_COLDEST, 1.0).reciprocal_()
         share = n / count.clamp(min=1)
-        for rows in _blocks(input):
+        for rows in blocks(input):
             u, log_p = buffers[:, : len(value[rows])]
             p = torch.sigmoid(torch.mul(input[rows], heat, out=u), out=log_p)
             m += p.sum(0) / n
@@ -191,7 +191,7 @@ class _PULoss(torch.autograd.Function):
             return *torch.autograd.grad(value, input, grad, create_graph=True), None, None, None
         slope, buffers = torch.empty_like(input), _buffers(input, heat)
         push, share = grad.sum() * push * heat, share * heat
-        for rows in _blocks(input):
+        for rows in blocks(input):
             p, pull = buffers[:, : len(slope[rows])]
             torch.sigmoid(torch.mul(input[rows], heat, out=p), out=p)
             _marks(target[rows], out=pull).mul_(grad[rows].unsqueeze(-1)).mul_(share).addcmul_(p, push, value=-1)
@@ -204,15 +204,7 @@ def _marks(target: Tensor, *, out: Tensor) -> Tensor:
 
 
 def _buffers(rows: Tensor, like: Tensor) -> Tensor:
-    return like.new_empty(2, min(_at_once(rows), len(rows)), rows.shape[-1])
-
-
-def _at_once(rows: Tensor) -> int:
-    return len(rows) if rows.is_cuda else max(1, _CELLS // rows.shape[-1])
-
-
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    return (slice(start, start + _at_once(rows)) for start in range(0, len(rows), _at_once(rows)))
+    return like.new_empty(2, min(at_once(rows), len(rows)), rows.shape[-1])
 
 
 def _number(name: str, value: float, **bounds: float) -> None:

@@ -8,7 +8,7 @@ several samples of the rare class. Neither gives calibrated probabilities. Cross
 have no such bias; cross-entropy with its threshold chosen on held-out data is the competitor to beat.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lossary import require
+from lossary.losses._blocks import at_once, blocks
 from lossary.paper import Paper
 from lossary.roles import loss
 
@@ -144,16 +145,6 @@ def simpsons_bias(
 # The two functions below go over the rows in blocks whose arrays stay in the cache, and keep no more than
 # cross-entropy does. Second derivatives come from the formula as it stands.
 
-_CELLS = 2**18
-
-
-def _at_once(rows: Tensor) -> int:
-    return len(rows) if rows.is_cuda else max(1, _CELLS // rows.shape[-1])
-
-
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    return (slice(start, start + _at_once(rows)) for start in range(0, len(rows), _at_once(rows)))
-
 
 def _plain(input: Tensor, target: Tensor, smooth: float, *, over_batch: bool) -> Tensor:
     p = torch.softmax(input, -1)
@@ -170,8 +161,8 @@ class _SampleDice(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, target: Tensor, smooth: float) -> tuple[Tensor, Tensor]:
         value, slope = input.new_empty(len(input)), torch.empty_like(input)
-        buffers = input.new_empty(2, min(_at_once(input), len(input)), input.shape[-1])
-        for rows in _blocks(input):
+        buffers = input.new_empty(2, min(at_once(input), len(input)), input.shape[-1])
+        for rows in blocks(input):
             p, at = slope[rows], target[rows].unsqueeze(-1)
             cost, pull = buffers[:, : len(p)]
             p_y = torch.softmax(input[rows], -1, out=p).gather(-1, at)
@@ -211,10 +202,10 @@ class _BatchDice(torch.autograd.Function):
     def forward(input: Tensor, target: Tensor, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
         p, value = torch.empty_like(input), input.new_empty(len(input))
         mass = torch.full_like(input[0], smooth).scatter_add_(0, target, torch.ones_like(value))
-        for rows in _blocks(p):
+        for rows in blocks(p):
             mass += torch.softmax(input[rows], -1, out=p[rows]).square().sum(0)
         share = len(p) / p.shape[-1] / mass
-        for rows in _blocks(p):
+        for rows in blocks(p):
             torch.mv(_error(p[rows], target[rows]), share, out=value[rows])
         return value, p, mass
 
@@ -235,10 +226,10 @@ class _BatchDice(torch.autograd.Function):
             return *torch.autograd.grad(value, input, grad, create_graph=True), None, None
         share, slope = 2 * len(p) / p.shape[-1] / mass, torch.empty_like(p)
         relief = torch.zeros_like(mass)  # by how much more mass lowers the loss
-        for rows in _blocks(p):
+        for rows in blocks(p):
             relief += grad[rows] @ _error(p[rows], target[rows])
         relief *= share / mass
-        for rows in _blocks(p):
+        for rows in blocks(p):
             own, at, weight = p[rows], target[rows].unsqueeze(-1), grad[rows].unsqueeze(-1)
             pull = torch.addcmul(-relief, weight, share).mul_(own)
             pull.scatter_add_(-1, at, -weight * share[at]).mul_(own)  # p times the slope by p

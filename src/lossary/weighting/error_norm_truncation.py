@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lossary import require
+from lossary.losses._blocks import at_once
 from lossary.losses._softmax import _LogProb
 from lossary.paper import Paper
 from lossary.roles import loss
@@ -33,8 +34,6 @@ PAPER = Paper(
     ),
     url="https://arxiv.org/abs/2310.00840",
 )
-
-_CELLS = 2**18  # numbers of a block of samples that stays in the cache while it is worked on
 
 
 @torch.no_grad()
@@ -136,9 +135,8 @@ class ErrorNormTruncationLoss(nn.Module):
 
 def _distance(p: Tensor, target: Tensor) -> Tensor:
     """|p - onehot(target)|_2, in blocks for the cache. Exact where p_y is near 1, unlike the expanded square."""
-    classes = p.shape[-1]
-    rows = target.numel() if p.is_cuda else _CELLS // classes
-    parts = zip(*(t.split(max(1, rows)) for t in (p.reshape(-1, classes), target.reshape(-1, 1))))
+    flat = p.reshape(-1, p.shape[-1])
+    parts = zip(*(t.split(at_once(flat)) for t in (flat, target.reshape(-1, 1))))
     norms = [torch.linalg.vector_norm(q.scatter_add(-1, y, -torch.ones_like(q[:, :1])), dim=-1) for q, y in parts]
     return torch.cat(norms).view(target.shape)
 

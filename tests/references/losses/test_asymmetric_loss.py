@@ -7,12 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lossary.losses import (
-    AdaptiveAsymmetricLoss,
-    asymmetric_loss,
-    asymmetric_loss_,
-    asymmetric_loss_single_label,
-)
+from lossary.losses import AdaptiveAsymmetricLoss, _blocks, asymmetric_loss, asymmetric_loss_single_label
 
 # Six samples of four logits, without a pattern that a wrong index could survive.
 Z = 3 * torch.sin(torch.arange(24, dtype=torch.float64) ** 2).view(6, 4)
@@ -99,7 +94,7 @@ def test_the_single_label_form(gamma_neg, gamma_pos, e, monkeypatch):
     assert torch.autograd.gradgradcheck(call, z, fast_mode=True)
     (slope,) = torch.autograd.grad(call(z).sum(), z)
     assert torch.allclose(torch.autograd.grad(call(z).sum(), z, create_graph=True)[0], slope, rtol=1e-10)
-    monkeypatch.setattr(asymmetric_loss_, "_CELLS", 8)  # two rows at a time
+    monkeypatch.setattr(_blocks, "CELLS", 8)  # two rows at a time
     in_blocks = call(z)
     assert in_blocks.tolist() == pytest.approx(expected, abs=1e-12)
     assert torch.allclose(torch.autograd.grad(in_blocks.sum(), z)[0], slope, rtol=1e-12)

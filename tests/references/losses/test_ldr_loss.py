@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lossary.losses import ALDRKLLoss, aldr_kl_loss, ldr_kl_loss, ldr_loss, ldr_top_k_loss
+from lossary.losses import ALDRKLLoss, _blocks, aldr_kl_loss, ldr_kl_loss, ldr_top_k_loss
 
 LOGITS = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.2, 0.1, -0.4, 0.3], [-4.0, 1.0, 2.0, 0.0], [9.0, -1.0, 2.0, 1.0]])
 TARGET = torch.tensor([0, 3, 2, 0])
@@ -183,7 +183,7 @@ def test_blocks_and_leading_dimensions_change_nothing(monkeypatch):
     input, target = LOGITS.repeat(3, 1).view(2, 6, 4).requires_grad_(), TARGET.repeat(3).view(2, 6)
     lam = torch.linspace(0.5, 2.0, 12).view(2, 6)
     whole = ldr_top_k_loss(input, target, lam=lam)
-    monkeypatch.setattr(ldr_loss, "_CELLS", 20)  # five samples
+    monkeypatch.setattr(_blocks, "CELLS", 20)  # five samples
     blocks = ldr_top_k_loss(input, target, lam=lam)
     torch.testing.assert_close(blocks, whole)
     slopes = [torch.autograd.grad(values.sum(), input)[0] for values in (blocks, whole)]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lossary.losses import pu_mixup_consistency, pu_mlc, pu_multilabel_loss
+from lossary.losses import _blocks, pu_mixup_consistency, pu_multilabel_loss
 
 # Eight samples of three labels, the last of which nobody has; the first label's logits differ little.
 Z = torch.sin(torch.arange(24, dtype=torch.float64) ** 2).view(8, 3) * torch.tensor([0.3, 2.0, 1.0])
@@ -67,7 +67,7 @@ def test_the_slope_takes_factor_and_temperature_as_constants(alpha, gamma, monke
 
     assert torch.allclose(slope(), expected, rtol=1e-10)
     assert torch.allclose(slope(create_graph=True), expected, rtol=1e-10)
-    monkeypatch.setattr(pu_mlc, "_CELLS", 9)  # three rows at a time
+    monkeypatch.setattr(_blocks, "CELLS", 9)  # three rows at a time
     assert torch.allclose(slope(), expected, rtol=1e-10)
     assert pu_multilabel_loss(Z, Y, alpha=alpha, gamma=gamma).tolist() == pytest.approx(values.tolist(), abs=1e-12)
 

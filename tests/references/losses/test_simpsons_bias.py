@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from lossary.losses import batch_dice_loss, sample_dice_loss, simpsons_bias, simpsons_bias_
+from lossary.losses import _blocks, batch_dice_loss, sample_dice_loss, simpsons_bias
 
 # Eight rows of three logits, without a pattern that a wrong index could survive.
 Z = torch.sin(torch.arange(24, dtype=torch.float64) ** 2).view(8, 3) * 2
@@ -76,7 +76,7 @@ def test_derivatives_are_right_and_blocks_do_not_show(part, monkeypatch):
     few = Z[:3].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: part(z, Y[:3], smooth=0.3), few)
     assert torch.autograd.gradgradcheck(lambda z: part(z, Y[:3], smooth=0.3), few)
-    monkeypatch.setattr(simpsons_bias_, "_CELLS", 9)  # blocks of three rows
+    monkeypatch.setattr(_blocks, "CELLS", 9)  # blocks of three rows
     in_blocks = part(z, Y, smooth=0.3)
     assert torch.allclose(in_blocks, whole, rtol=1e-12)
     assert torch.allclose(torch.autograd.grad((weights * in_blocks).sum(), z)[0], slope, rtol=1e-12)

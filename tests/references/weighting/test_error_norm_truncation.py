@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lossary.criterion import Criterion
-from lossary.weighting import ErrorNormTruncationLoss, error_norm, error_norm_truncation
+from lossary.losses import _blocks
+from lossary.weighting import ErrorNormTruncationLoss, error_norm
 
 LOGITS = torch.tensor(
     [
@@ -50,7 +51,7 @@ def test_a_small_error_keeps_its_digits():
 
 def test_blocks_change_nothing(monkeypatch):
     whole = error_norm(LOGITS, TARGET)
-    monkeypatch.setattr(error_norm_truncation, "_CELLS", 12)  # three tokens at a time
+    monkeypatch.setattr(_blocks, "CELLS", 12)  # three tokens at a time
     assert torch.equal(error_norm(LOGITS, TARGET), whole)
 
 
