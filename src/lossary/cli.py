@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -572,7 +573,8 @@ def _print_comparison(found: "Comparison", folder: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from lossary.compare.confirm import bounds, figure
+    from lossary.compare.confirm import bounds, detectable, figure
+    from lossary.compare.report import capital, duration
 
     out, metric, data = _console(), found.metric, found.data
     for note in found.notes:
@@ -580,29 +582,48 @@ def _print_comparison(found: "Comparison", folder: Path) -> None:
     protocol = "{partitions} x {folds} cells, {seeds} seeds, {settings} configurations each".format(**found.protocol)
     rows = f"{data['rows'] - data['locked']:,} rows searched, {data['locked']:,} locked"
     out.print(f"{escape(data['name'])}: {metric['name']}, {metric['better']} is better ({metric['why']}); {rows}.\n")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("arm", "score", "lead", "95% interval", "p"):
-        table.add_column(
-            column, justify="left" if column in ("arm", "95% interval") else "right", no_wrap=column != "arm"
-        )
+    cells = []
     for arm in found.arms:
         lead = arm.against_baseline
+        cells.append(
+            (
+                f"{arm.score:.4g}",
+                figure(lead.difference, lead, sign=True) if lead else "baseline" if arm.conventional else "",
+                bounds(lead) if lead else "",
+                "dropped" if arm.dropped else "" if arm.p_holm is None else f"{arm.p_holm:.2g}",
+                duration(arm.seconds),
+            )
+        )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    heads = ("arm", "score", "lead", "95% interval", "p", "time")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("arm", "95% interval") else "right", no_wrap=True)
+    taken = sum(2 + max(map(len, column)) for column in zip(heads[1:], *cells))
+    for arm, (score, *rest, p, time) in zip(found.arms, cells):
+        name = escape(_in_lines(arm.name, max(out.width - taken, 16)))
         table.add_row(
-            escape(arm.name) if arm.part else f"[yellow]{escape(arm.name)}[/]",
-            f"{arm.score:.4g}",
-            figure(lead.difference, lead, sign=True) if lead else "baseline" if arm.conventional else "",
-            bounds(lead) if lead else "",
-            "[dim]dropped[/]" if arm.dropped else "" if arm.p_holm is None else f"{arm.p_holm:.2g}",
+            name if arm.part else f"[yellow]{name}[/]", score, *rest, f"[dim]{p}[/]" if arm.dropped else p, time
         )
     out.print(table)
-    out.print(f"[dim]Exploratory: {protocol}; leads over the best conventional arm; p by Holm.[/]")
+    out.print(f"[dim]Exploratory: {protocol}; leads over the best conventional arm; p by Holm; time of one fit.[/]")
     out.print(f"\n[bold]{escape(found.sentence)}[/]")
+    if found.confirmation:
+        out.print(f"[dim]{escape(capital(detectable(found.confirmation, metric['unit'])))}.[/]")
     if found.own:
         out.print(escape(found.own))
     if found.brought:
         out.print(escape(found.brought["sentence"]))
     out.print(f"[dim]The winner on other rows: lossary predict {escape(str(folder))} FILE --with-sets[/]")
     out.print(f"[dim]{len(found.skipped)} parts were skipped; the reasons and all else: {folder / 'report.html'}[/]")
+
+
+def _in_lines(name: str, width: int) -> str:
+    """An arm's name, every line but the first indented, so that none reads like another arm."""
+    lines = []
+    for place, part in enumerate(name.split(" + ")):
+        first = "  + " if place else ""
+        lines += wrap(part, width, initial_indent=first, subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def _print_profile(problem: "Problem", found: "Profile", folder: Path | None) -> None:

@@ -5,13 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scipy.stats import norm
 
 from lossary.compare import arms
 from lossary.compare.arms import MOST_PARTS, RATES, check_names, choose
 from lossary.compare.metrics import named
 from lossary.compare.problem import Problem
 from lossary.compare.profile import Finding, Profile
-from lossary.compare.training import Fold, predict
+from lossary.compare.training import Fold, predict, recipe, targets
 from lossary.errors import BadInput
 from lossary.tasks import Seeds
 
@@ -152,6 +154,14 @@ def test_names_are_checked_without_data():
         check_names(["gradient bosting"])
 
 
+@pytest.mark.parametrize(
+    ("name", "paper"), [("presto", "presto"), ("EnsLoss", "ensloss"), ("weighting.presto_penalty", "presto")]
+)
+def test_what_the_catalogue_has_and_no_comparison_can_try_is_refused_as_that(name, paper):
+    with pytest.raises(BadInput, match=f"'{name}' has no role that a comparison tries; `lossary show {paper}`"):
+        check_names([name])
+
+
 def test_the_best_fitting_parts_are_kept(monkeypatch):
     entry, part = next((e, p) for e, p in arms._candidates() if p["name"] == "poly1_cross_entropy")
     general = [({**entry, "id": f"g{i}", "helps": ["overfitting"], "parts": [part]}, part) for i in range(MOST_PARTS)]
@@ -245,26 +255,95 @@ PARTS = [f"{paper['room']}.{part['name']}" for paper, part in arms._candidates()
 
 @pytest.mark.parametrize("name", PARTS)
 def test_every_part_that_can_serve_trains_on_what_the_profile_knows(name):
-    """On three imbalanced classes in two groups, no hyper-parameter set by hand, at the first value of each grid."""
-    rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((90, 5)).astype(np.float32), np.repeat([0, 1, 2], [60, 20, 10])
-    fold = Fold(x, y, x[:7], 3, rng.integers(0, 2, 90), 0.1)
-    table = Problem("made", "", pd.DataFrame(x), y, "y", "classes", ("a", "b", "c"), fold.group)
-    facts = {name: value for name, value in fold.facts().items() if name != "class_counts"}
-    known = Profile(findings=(), notes=(), class_counts=(60, 20, 10), **facts)
+    """On imbalanced classes, labels or numbers in two groups, without a hyper-parameter set by hand."""
     paper, part = next((e, p) for e, p in arms._candidates() if f"{e['room']}.{p['name']}" == name)
-    if arms._obstacle(paper, part, table, known):
-        assert part["options"].get("on") in ("multilabel", "real") or name in NEEDS_MORE
-        return
-    assert name not in NEEDS_MORE
-    hyper = {key: values[0] for key, values in (part["options"].get("tune") or {}).items()}
-    usual = {"family": "network", "class_weight": None, "optimizer": "AdamW", "lr": 0.01, "weight_decay": 0.01}
-    setting = {**usual, **NETWORK, "parts": [{"part": name, "role": part["role"], "hyper": hyper}]}
-    predicted, parameters = predict(setting, fold, Seeds((0, 1)))
-    assert predicted.shape == (2, 7, 3)
-    assert np.exp(predicted).sum(-1) == pytest.approx(np.ones((2, 7)), abs=1e-5)
-    assert parameters > 0
+    served = []
+    for task, y in TARGETS.items():
+        fold = fold_of(y, task)
+        facts = {name: value if value is not None else () for name, value in fold.facts().items()}
+        known = Profile(findings=(), notes=(), **facts)
+        table = Problem("made", "", pd.DataFrame(fold.x), y, "y", task, ("a", "b", "c")[: fold.classes], fold.group)
+        if arms._obstacle(paper, part, table, known):
+            continue
+        served.append(task)
+        hyper = {key: values[0] for key, values in (part["options"].get("tune") or {}).items()}
+        predicted, parameters = predict(setting_of(name, part["role"], task, **hyper), fold, Seeds((0, 1)))
+        assert predicted.shape == ((2, 7) if task == "real" else (2, 7, 3))
+        if task == "classes":
+            assert np.exp(predicted).sum(-1) == pytest.approx(np.ones((2, 7)), abs=1e-5)
+        assert parameters > 0
+    assert bool(served) != (name in NEEDS_MORE)
 
 
-# What a table does not have: a perturbed copy of every input, embeddings.
-NEEDS_MORE = {"losses.smooth_adversarial_comp_sum_loss", "weighting.ClusterSensitivitySampler"}
+TARGETS = {
+    "classes": np.repeat([0, 1, 2], [60, 20, 10]),
+    "multilabel": np.repeat([[1, 0, 0], [1, 1, 0], [0, 0, 1]], [60, 20, 10], axis=0),
+    "real": np.geomspace(1.0, 50.0, 90),
+}
+# What a table does not have: a perturbed copy of every input, embeddings, features of the network.
+NEEDS_MORE = {
+    "losses.smooth_adversarial_comp_sum_loss",
+    "weighting.ClusterSensitivitySampler",
+    "weighting.NC1Loss",
+}
+
+
+def fold_of(y: np.ndarray, task: str) -> Fold:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((len(y), 5)).astype(np.float32)
+    group = rng.integers(0, 2, len(y))
+    return Fold(x, y, x[:7], 0 if task == "real" else 3, group, 0.1, several=task == "multilabel")
+
+
+def setting_of(name: str, role: str, task: str, **hyper: object) -> dict[str, object]:
+    usual = {"error": "squared"} if task == "real" else {"class_weight": None}
+    rates = {"family": "network", "optimizer": "AdamW", "lr": 0.01, "weight_decay": 0.01}
+    return {**usual, **rates, **NETWORK, "parts": [{"part": name, "role": role, "hyper": hyper}]}
+
+
+def test_a_penalty_is_for_classifiers_and_for_no_features():
+    tried, _ = chosen(names=["vat"])
+    assert [setting["parts"][0]["hyper"]["epsilon"] for setting in tried["losses.VATLoss"].settings[:3]] == [0.3, 1, 3]
+    _, skipped = chosen(task="real", metric="RMSE")
+    assert skipped["losses.VATLoss"] == "is for a target of classes, this one is of numbers"
+    assert skipped["weighting.NC1Loss"].startswith("acts on features")
+
+
+def test_a_penalty_tells_the_seeds_of_a_stack_apart():
+    """Each seed trains as it would alone; a step of length 0 changes no prediction, and costs nothing."""
+    fold = fold_of(TARGETS["classes"], "classes")
+    setting = setting_of("losses.VATLoss", "penalty", "classes", epsilon=3.0)
+    both, _ = predict(setting, fold, Seeds((0, 1)))
+    for s in (0, 1):
+        alone, _ = predict(setting, fold, Seeds((s,)))
+        assert both[s] == pytest.approx(alone[0], abs=1e-5)
+    plain, _ = predict({**setting, "parts": []}, fold, Seeds((0, 1)))
+    none, _ = predict(setting_of("losses.VATLoss", "penalty", "classes", epsilon=0.0), fold, Seeds((0, 1)))
+    assert none == pytest.approx(plain, abs=1e-4)
+    assert np.abs(both - plain).max() > 0.01
+
+
+def test_a_loss_that_is_built_from_labels_gets_those_that_it_will_meet():
+    """Of a normal target, standardised: against predictions of 0 its absolute error is sqrt(2 / pi), and that of the
+    pseudo labels, smoothed with half a deviation, sqrt(2 (1 + 1 / 4) / pi)."""
+    fold = fold_of(100 + 7 * norm.ppf((np.arange(4000) + 0.5) / 4000), "real")
+    setting = {**setting_of("weighting.DistLoss", "loss", "real", weight=2.0), "batch": 4000}
+    made, (y, centre, scale) = recipe(setting, fold, Seeds((0, 1))), targets(fold)
+    assert (centre, scale) == pytest.approx((100, 7), rel=1e-3)
+    values = made.loss(torch.zeros(2, 4000, 1), y.expand(2, -1))
+    assert values.shape == (2, 4000)
+    expected = np.sqrt(2 / np.pi) + 2 * np.sqrt(2.5 / np.pi)
+    assert values.mean(1).tolist() == pytest.approx([expected, expected], rel=2e-3)
+
+
+def test_a_loss_that_is_built_from_labels_says_what_it_cannot_do():
+    with pytest.raises(ValueError, match="labels: expected two different values"):
+        predict(setting_of("weighting.DistLoss", "loss", "real"), fold_of(np.full(90, 3.0), "real"), Seeds((0,)))
+
+
+def test_rare_values_of_a_target_bring_the_loss_that_is_for_them():
+    known = replace(profile("heavy-tails"), num_classes=None, class_counts=())
+    found, _ = choose(problem("real"), known, named("MAE"), settings=6, network=NETWORK)
+    arm = next(arm for arm in found if arm.part == "weighting.DistLoss")
+    assert {setting["parts"][0]["hyper"]["weight"] for setting in arm.settings} == {0.5, 1.0, 2.0}
+    assert not any(arm.part == "weighting.DistLoss" and arm.family == "boosting" for arm in found)

@@ -45,6 +45,30 @@ def test_classes_and_probabilities_and_values(write):
     np.testing.assert_allclose(odds[0, :2], [[np.log(9), 0], [0, np.log(4)]], atol=1e-9)
 
 
+def test_of_two_classes_one_column_is_of_the_class_that_it_is_named_after(write):
+    for header, second in (("yes", 0.1), ("no", 0.9), ("score", 0.1)):
+        notes = []
+        text = f"id,{header}\nr1,0.1\nr2,0.9\nr3,0.25\nr4,0.5\n"
+        found = read_predictions(write(text), problem(), named("AUROC"), notes)
+        assert np.exp(found[0, 0]) == pytest.approx([1 - second, second])
+        assert len(notes) == (header == "score")
+    assert notes == [
+        "Predictions: 'score' was read as the probability of 'yes'; if it is that of 'no', name the column so."
+    ]
+    both = "id,y, no\nr1,no,0.9\nr2,yes,0.1\nr3,no,0.75\nr4,no,1\n"  # classes are no ranking, probabilities are
+    assert np.exp(read_predictions(write(both), problem(), named("AUROC"))[0, :3, 1]) == pytest.approx([0.1, 0.9, 0.25])
+
+
+def test_other_separators_and_decimal_commas(write):
+    loss = named("log-loss")
+    plain = read_predictions(write("id,no,yes\nr1,0.9,0.1\nr2,0.1,0.9\nr3,0.75,0.25\nr4,1,0\n"), problem(), loss)
+    odd = write("id;no;yes\nr1;0,9;0,1\nr2;0,1;0,9\nr3;0,75;0,25\nr4;1;0\n")
+    np.testing.assert_array_equal(read_predictions(odd, problem(), loss), plain)
+    tabs = write("id\tyes\nr1\t0.1\nr2\t0.9\nr3\t0.25\nr4\t0\n", "p.tsv")
+    np.testing.assert_allclose(read_predictions(tabs, problem(), loss), plain, atol=1e-9)
+    assert read_costs(write(";yes;no\nno;5,5;0\nyes;1;20\n"), ("no", "yes")).tolist() == [[0.0, 5.5], [20.0, 1.0]]
+
+
 def test_parquet_is_read_too(tmp_path):
     path = tmp_path / "p.parquet"
     pd.DataFrame({"id": ["r1", "r2", "r3", "r4"], "y": ["no", "yes", "yes", "no"]}).to_parquet(path)
@@ -62,7 +86,10 @@ def test_parquet_is_read_too(tmp_path):
         ("id,y\nr1,0.2\nr2,1.2\nr3,0\nr4,0\n", "AUROC", "expected 0 to 1"),
         ("id,no,yes\nr1,0.2,0.2\nr2,0,1\nr3,0,1\nr4,0,1\n", "AUROC", "sum to 0.4"),
         ("id,y\nr1,inf\nr2,1\nr3,0\nr4,0\n", "AUROC", "no finite number"),
-        ("", "accuracy", "no table that can be read"),
+        ("id,y\nr1,0.2\nr2,0.3\nr3,0\nr4,0.5,1\n", "AUROC", "line 5: 3 fields where the header has 2"),
+        ("id,no,no \nr1,0.2,0\n", "AUROC", "two columns named 'no'"),
+        ('id,y\nr1,"0,2"\nr2,1\nr3,0\nr4,0\n', "AUROC", "'0,2' for 'r1' is no finite number"),
+        ("", "accuracy", "is empty"),
     ],
 )
 def test_predictions_that_cannot_be_used_are_refused(write, text, metric, words):

@@ -15,6 +15,7 @@ import pytest
 from lossary import cli
 from lossary.compare import run
 from lossary.compare.cells import Protocol
+from tests.compare.test_report import sample
 from tests.compare.test_run import committed
 
 TINY = Protocol(partitions=1, folds=2, confirm_seeds=2, settings=1, tune_splits=2, tune_seeds=1, steps=5)
@@ -94,6 +95,8 @@ def test_bad_files(lossary, name):
         (["--target", "y", "--task", "real"], "--task classes"),
         (["--target", "y", "--arms", "poly1_cross_entropi"], "did you mean poly1_cross_entropy"),
         (["--target", "y", "--arms", "GroupDRO"], "num_groups"),
+        (["--target", "y", "--baseline", "foo"], "no conventional arm 'foo'; choose one of"),
+        (["--target", "y", "--predictions", "none.csv"], "--predictions"),
         (["--target", "y", "--metric", "beauty"], "choose one of accuracy"),
         (["--target", "y", "--metric", "rmse"], "not for a target of classes"),
         (["--target", "y", "--seeds", "-3"], "--seeds"),
@@ -111,6 +114,44 @@ def test_bad_arguments(lossary, arguments, words):
     before = {name: Path(name).read_bytes() for name in os.listdir()}
     assert words in one_line(*lossary("compare", "good.csv", *arguments))
     assert {name: Path(name).read_bytes() for name in os.listdir()} == before
+
+
+@pytest.mark.parametrize("arguments", [["--baseline", "foo"], ["--id", "a", "--predictions", "good.csv"]])
+def test_what_needs_no_profile_is_refused_before_it(lossary, monkeypatch, arguments):
+    monkeypatch.setattr(run, "profile", lambda *_, **__: pytest.fail("profiled first"))
+    frame = pd.DataFrame(BASE).assign(a=np.arange(80))
+    frame.to_csv("good.csv", index=False)
+    assert arguments[-2] in one_line(*lossary("compare", "good.csv", "--target", "y", *arguments))
+
+
+def test_an_arm_of_several_lines_reads_like_no_other():
+    assert cli._in_lines("sam: SAM", 30) == "sam: SAM"
+    name = "class-prior-matching: ClassPriorMatching on boosting + sam: SAM"
+    assert cli._in_lines(name, 30).split("\n") == [
+        "class-prior-matching:",
+        "    ClassPriorMatching on",
+        "    boosting",
+        "  + sam: SAM",
+    ]
+    assert all(len(line) <= 16 for line in cli._in_lines(name, 16).split("\n"))
+
+
+@pytest.mark.parametrize("width", [70, 80, 120])
+def test_the_table_fits_the_terminal(capsys, monkeypatch, width):
+    """Every arm starts a line of its own, the others are indented; time and the detectable lead are there."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    cli._print_comparison(sample(), Path("out"))
+    lines = capsys.readouterr().out.split("\n")
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("arm ")) + 1 :]
+    table = table[: next(i for i, line in enumerate(table) if line.startswith("Exploratory"))]
+    starts = [line.split()[0] for line in table if not line.startswith(" ")]
+    assert starts == [arm.name.split()[0] for arm in sample().arms]
+    assert all(len(line) <= width for line in table)
+    assert "…" not in "".join(table)
+    assert any(line.startswith("  + sam: SAM ") for line in table)
+    assert [line.split()[-2:] for line in table if line.startswith("logistic regression")] == [["0.03", "s"]]
+    said = " ".join(" ".join(lines).split())
+    assert "The smallest detectable lead over gradient boosting on these 1,368 rows is 1.8 points (2.8 standard" in said
 
 
 def test_prints_a_table_and_the_answer(lossary):

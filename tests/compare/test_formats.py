@@ -594,6 +594,7 @@ class TestSize:
         expected = len(place) / 4
         assert (np.abs(quarters - expected) < 4 * np.sqrt(expected)).all()
         said(problem, f"Read {len(place):,} of {total:,}", "at random")
+        assert problem.partial
         return place
 
     @pytest.mark.parametrize("name", WRITERS)

@@ -9,7 +9,7 @@ import pytest
 from lossary.compare.bundled import BUNDLED
 from lossary.compare.encode import Encoder
 from lossary.compare.load import load
-from lossary.compare.problem import lock
+from lossary.compare.problem import Problem, lock, splits
 from lossary.errors import BadInput
 
 ROWS = 60
@@ -228,6 +228,33 @@ class TestOddButGood:
         assert problem.features["a"].tolist() == [i + 0.5 for i in range(ROWS)]
         self.said(problem, "decimal comma")
 
+    def test_commas_in_the_names_of_a_file_with_semicolons(self, table):
+        problem = self.load(table(text(header="a, in cm;b;y", row="{i},5;x{j};{j}")))
+        assert list(problem.features) == ["a, in cm", "b"]
+        assert problem.features["a, in cm"].tolist() == [i + 0.5 for i in range(ROWS)]
+        self.said(problem, "separated by ';'")
+        plain = self.load(table(text(header="a;b,b|c,y", row='{i}.5,"x;{j}",{j}')))
+        assert list(plain.features) == ["a;b", "b|c"]
+        refused(
+            "line 41",
+            "2 fields",
+            "3, with ';'",
+            source=table(text(header="a, b;c;y", row="{i};x;{j}", rows=39) + "1;2"),
+        )
+        refused("line 2", "4 fields", "3, with ','", source=table(text(header="a,b;c,y", row="{i},x,1,2")))
+
+    def test_strays_among_decimal_commas(self, table):
+        rows = [
+            f"{i},5;{'k.A.' if i % 20 == 0 else f'-{i},25'};{'1,5' if i % 5 else 'none'};{i % 2}" for i in range(ROWS)
+        ]
+        problem = self.load(table("a;b;code;y\n" + "\n".join(rows)))
+        assert problem.features["b"].isna().sum() == 3
+        assert problem.features["b"][1:20].tolist() == [-i - 0.25 for i in range(1, 20)]
+        assert problem.features["code"][1] == "1,5"  # one in five is no number: these are words
+        self.said(problem, "'b'", "3 entries", "'k.A.'")
+        rows[7] = rows[7].replace("-7,25", "1.007")  # a thousand, or a bit more than one: the column stays as it is
+        assert self.load(table("a;b;code;y\n" + "\n".join(rows))).features["b"][6] == "-6,25"
+
     def test_names_keep_their_blanks_and_are_found_without(self, table):
         problem = self.load(table(text(header="my size ,b, y ")))
         assert problem.target_name == "y "
@@ -334,6 +361,104 @@ class TestOddButGood:
                 assert np.isfinite(problem.target).all()
             assert "\n" not in said
         assert 10 < read < 140
+
+
+def nearest(problem, parts):
+    """How often the target of the nearest row to learn from is right, over the test rows of all parts."""
+    x, y = problem.features.to_numpy(dtype=float), problem.target
+    right = []
+    for train, test in parts:
+        distance = ((x[test, None] - x[None, train]) ** 2).sum(-1)
+        right += (y[train][distance.argmin(1)] == y[test]).tolist()
+    return np.mean(right), 0.5 / np.sqrt(len(right))
+
+
+class TestCopies:
+    """Noise, of which every row is there more than once: a model that remembers rows must not gain by it."""
+
+    def make(self, kind, rng):
+        x, y = rng.normal(size=(300, 3)).round(4), rng.integers(0, 2, 300)
+        if kind == "same":
+            x[:80], y[:80] = 0.5, rng.integers(0, 2)
+        else:
+            again = np.where(rng.random(300) < 0.3, 1 - y, y) if "flipped" in kind else y
+            x, y = np.vstack([x, x]), np.r_[y, again]
+        frame = pd.DataFrame(x, columns=list("abc")).assign(y=y)
+        return frame.assign(g=rng.integers(0, 120, 600)) if "groups" in kind else frame
+
+    @pytest.mark.parametrize("kind", ["twice", "twice, groups", "flipped", "flipped, groups", "same"])
+    def test_noise_stays_noise(self, kind):
+        locked, folds, leaks = [], [], []
+        for seed in range(12):
+            rng = np.random.default_rng(seed)
+            frame = self.make(kind, rng)
+            problem = load(frame, target="y", group="g" if "groups" in kind else None)
+            assert problem.parted == 0
+            assert all("flatter" not in note for note in problem.notes)
+            search, held = lock(problem)
+            locked.append(nearest(problem, [(search, held)]))
+            rows = problem.rows(search)
+            folds.append(nearest(rows, splits(rows, 5, rng)))
+            whole = Problem("", "", frame[["a", "b", "c"]], frame["y"].to_numpy(), "y", "classes", ("0", "1"))
+            order = rng.permutation(len(frame))
+            leaks.append(nearest(whole, [(order[len(order) // 4 :], order[: len(order) // 4])]))
+        for found in (locked, folds):
+            score, error = np.mean([s for s, _ in found]), np.sqrt(np.mean([e**2 for _, e in found]) / len(found))
+            assert abs(score - 0.5) < 4 * error
+        assert np.mean([s for s, _ in leaks]) > 0.55  # rows dealt freely: what is kept from happening
+
+    def test_what_is_left_out_is_said(self):
+        frame = self.make("twice, groups", np.random.default_rng(0))
+        problem = load(frame, target="y", group="g")
+        assert problem.partial
+        gone = 600 - len(problem)
+        assert 250 < gone <= 300
+        assert any(note.startswith(f"{gone} copies of other rows left out") for note in problem.notes)
+        assert pd.util.hash_pandas_object(problem.features, index=False).nunique() == 300
+        alone = load(frame, target="y", drop="g")
+        assert not alone.partial
+        assert len(alone) == 600
+        assert "Splits keep rows with equal features together." in alone.notes
+
+    def test_too_few_are_left(self):
+        rng = np.random.default_rng(0)
+        frame = pd.DataFrame(
+            {"a": np.tile(rng.normal(size=40), 3), "y": np.tile([0, 1], 60), "g": rng.integers(0, 9, 120)}
+        )
+        refused("without 80 copies of other rows, ", "40 rows", "50", source=frame, group="g")
+
+    def test_of_the_rows_beside_a_test(self):
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(200, 2)), rng.integers(0, 2, 200)
+        frame = pd.DataFrame(np.vstack([x, x]), columns=list("ab")).assign(y=np.r_[y, y], g=rng.integers(0, 60, 400))
+        test = pd.DataFrame(x[:40], columns=list("ab")).assign(y=y[:40], g=range(60, 100))
+        problem = load(frame, target="y", group="g", test=test)
+        search, held = lock(problem)
+        assert len(held) == 40
+        assert problem.rows(search).parted == 0
+        assert not set(problem.patterns[search]) & set(problem.patterns[held])
+
+    def test_coarse_columns_keep_their_rows(self):
+        """Three switches: eight different rows, each in an eighth of the table, and a target that they tell."""
+        rng = np.random.default_rng(0)
+        frame = pd.DataFrame(rng.integers(0, 2, (400, 3)), columns=list("abc"))
+        frame = frame.assign(y=frame["a"] * frame["b"], g=rng.integers(0, 30, 400))
+        problem = load(frame, target="y", group="g")
+        assert len(problem) == problem.parted == 400
+        assert problem.notes[-1].startswith("Not all rows with equal features stay together, as columns this coarse")
+        assert ": 400 have an equal one" in problem.notes[-1]
+        assert not problem.partial
+        beside = load(frame, target="y", drop="g", test=frame[:100].assign(y=1 - frame["y"][:100]))
+        assert "100 test rows equal to one to learn from, as columns this coarse" in " ".join(beside.notes)
+
+    def test_groups_go_by_their_latest_row(self):
+        frame = pd.DataFrame({"x": np.arange(100.0) ** 1.5, "y": [0, 1] * 50, "g": np.arange(100), "t": np.arange(100)})
+        frame.loc[[10, 20], "g"] = 99
+        problem = load(frame, target="y", group="g", time="t")
+        search, held = lock(problem)
+        assert problem.time[held].min() < problem.time[search].max()
+        assert problem.notes[-1].startswith("2 rows dealt by the latest time of their group or copies")
+        assert not any("latest time" in note for note in load(frame, target="y", time="t", drop="g").notes)
 
 
 class TestBundled:

@@ -93,6 +93,46 @@ class TestLock:
         search, locked = lock(p)
         assert not set(p.features["x"][search]) & set(p.features["x"][locked])
 
+    def test_copies_stay_together_in_what_is_left_of_a_table(self):
+        """Of twelve rows, each in a twelfth of the table, three are locked: the others are each in a ninth of the rest,
+        which is more than would be kept together in a table of its own."""
+        x = np.arange(480) % 12
+        p = problem({"x": x.astype(float)}, (x % 3 == 0).astype(np.int64))
+        search, locked = lock(p)
+        assert len(locked) == 120
+        assert p.parted == 0
+        rows = p.rows(search)
+        assert problem({"x": rows.features["x"]}, rows.target).parted == 360
+        assert rows.parted == 0
+        for train, test in splits(rows, 5, np.random.default_rng(0)):
+            assert not set(rows.patterns[train]) & set(rows.patterns[test])
+
+    def test_one_of_each_is_no_surplus(self):
+        """Rows in pairs, the two of each in groups next to each other: all hang together. In groups of their own
+        none does."""
+        x, pair = np.random.default_rng(0).normal(size=(100, 2))[np.arange(200) % 100], np.arange(200) % 100
+        chain = problem(x, pair % 2, np.where(np.arange(200) < 100, pair, (pair + 1) % 100))
+        assert len(chain.surplus) == 100
+        assert len(set(chain.patterns[np.setdiff1d(np.arange(200), chain.surplus)])) == 100
+        assert 30 < (chain.surplus < 100).sum() < 70  # the first as often as the second
+        assert chain.parted == 200
+        assert "200 have an equal one that a split may put on the other side" in chain.repeats
+        own = problem(x, pair % 2, pair)
+        assert len(own.surplus) == own.parted == 0
+        assert own.repeats == "Splits keep rows with equal features together."
+
+    @pytest.mark.parametrize(("levels", "columns", "rows"), [(4, 5, 300), (3, 8, 3000), (10, 3, 1000)])
+    def test_rows_are_equal_by_chance_or_copied(self, levels, columns, rows):
+        """(n - 1) / levels ** columns twins are expected of n rows."""
+        rng = np.random.default_rng(0)
+        x = rng.integers(0, levels, (rows, columns)).astype(float)
+        y = (x.sum(1) > x.sum(1).mean()).astype(np.int64)
+        assert problem(x, y).crowded
+        assert not problem(np.tile(np.hstack([x, rng.normal(size=(rows, 1))]), (2, 1)), np.tile(y, 2)).crowded
+        noisy = problem(x, rng.integers(0, 2, rows))
+        assert noisy.coarse == (levels == 10)  # where more than half of the rows have a twin
+        assert not problem(x + rng.normal(size=(rows, columns)), y).crowded
+
     def test_real_targets_keep_their_quarters(self):
         rng = np.random.default_rng(0)
         p = problem({"x": rng.normal(size=400)}, rng.lognormal(size=400))

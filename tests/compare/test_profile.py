@@ -305,6 +305,9 @@ class TestCopies:
         assert found.picture["values"] == [180 - 1 + 0, 9, 1]
         assert found.p == pytest.approx(binom.sf(10, 200, 0.01))
         assert alarm(found)
+        assert found.alarm.endswith("Splits keep rows with equal features together.")
+        apart = copies(look(problem(x, y, group=np.arange(200) // 100)))  # copies in another group
+        assert "a split may put on the other side, which flatters" in apart.alarm
 
     def test_coincidences_in_coarse_columns_are_no_copies(self):
         rng = np.random.default_rng(0)

@@ -144,11 +144,11 @@ def sample() -> Comparison:
             "name": "balanced accuracy", "unit": "points", "better": "higher",
             "why": "the classes are uneven, and plain accuracy would hide the small one", "asked": "", "costs": None,
         },
-        protocol={"partitions": 4, "folds": 5, "seeds": 5, "confirm_seeds": 20, "settings": 8},
+        protocol={"partitions": 4, "folds": 5, "seeds": 5, "confirm_seeds": 20, "settings": 8, "comparisons": 10},
         profile=Profile(4104, 10, 2, (3685, 419), None, 0.012, findings, ("Nothing was left out.",)),
         arms=arms,
         confirmation=Confirmation(
-            "polyloss: poly1_cross_entropy", "gradient boosting", Interval(1.91, 0.68, 3.14), 1.76, 1368, 20,
+            "polyloss: poly1_cross_entropy", "gradient boosting", Interval(1.91, 0.68, 3.14), 1.76, 1368, (20, 1),
             (92.35, 90.44),
         ),
         skipped=(
@@ -158,7 +158,7 @@ def sample() -> Comparison:
             ("ood.MahalanobisScore", "is a score; compare tries losses, weightings, selectors and optimizers"),
             ("ood.RelativeMahalanobisScore", "is a score; compare tries losses, weightings, selectors and optimizers"),
         ),
-        notes=("Blocks of scanned pages, text or other.", f"Column '{HOSTILE}' is text."),
+        notes=("Blocks of scanned pages, text or other.", f"Column '{HOSTILE}' is text.", "Nothing was left out."),
         command="lossary compare page-blocks --seeds 5 --out page-blocks-report",
         versions={"lossary": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "scikit-learn": "1.9.1", "numpy": "2.4.6"},
         seconds=84.2,
@@ -174,7 +174,7 @@ def sample() -> Comparison:
         },
         brought={
             "against": asdict(Confirmation(
-                "polyloss: poly1_cross_entropy", "what you brought", Interval(-2.6, -3.9, -1.3), 1.83, 1368, 20,
+                "polyloss: poly1_cross_entropy", "what you brought", Interval(-2.6, -3.9, -1.3), 1.83, 1368, (20, 1),
                 (92.35, 94.95),
             )),
             "sentence": "On the 1,368 locked rows polyloss: poly1_cross_entropy was worse than what you brought.",
@@ -212,11 +212,11 @@ def regression() -> Comparison:
         },
         metric={"name": "root mean squared error", "unit": "", "better": "lower", "why": "", "asked": "",
                 "costs": None},
-        protocol={"partitions": 4, "folds": 5, "seeds": 5, "confirm_seeds": 20, "settings": 8},
+        protocol={"partitions": 4, "folds": 5, "seeds": 5, "confirm_seeds": 20, "settings": 8, "comparisons": 6},
         profile=Profile(331, 10, None, (), None, None, (tails,), ()),
         arms=arms,
         confirmation=Confirmation(
-            "ldr-loss: ldr_squared", "ridge regression", Interval(-0.6, -3.3, 2.1), 3.9, 89, 20, (54.8, 54.2),
+            "ldr-loss: ldr_squared", "ridge regression", Interval(-0.6, -3.3, 2.1), 3.9, 89, (20, 1), (54.8, 54.2),
             exploratory="89 locked rows are too few to confirm anything; at least 100 are needed.",
         ),
         skipped=(),
@@ -244,7 +244,9 @@ def labels() -> Comparison:
         metric={**c.metric, "name": "mAP"},
         profile=replace(c.profile, num_classes=3, class_counts=(900, 700, 30)),
         arms=tuple(one for one in c.arms if one.name in names),
-        confirmation=replace(c.confirmation, finalist=names[1], baseline=names[0], effect=Interval(0.2, -0.4, 0.8)),
+        confirmation=replace(
+            c.confirmation, finalist=names[1], baseline=names[0], effect=Interval(0.2, -0.4, 0.8), seeds=(20, 20)
+        ),
         curves={"reliability": {name: bins(0.1, 0.12, 0.5, 0.47, 0.9, 0.88) for name in names}},
         brought={},
         trust={},
@@ -311,10 +313,27 @@ def test_answer_comes_first_and_everything_is_there(pages):
         assert places == sorted(places)
 
 
+def test_says_how_much_was_run_and_nothing_twice(pages):
+    words = pages["classes"][1].text
+    for text in (
+        "the same 4 partitions × 5 folds of the search rows; networks with 5 seeds, other arms once",
+        "Holm-adjusted over 10 comparisons with the baseline",
+        "Smallest detectable lead 1.8 points",
+    ):
+        assert text in words, text
+    assert words.count("Nothing was left out.") == 1
+    assert "20 seeds each" in pages["multilabel"][1].text
+    c = sample()
+    small = Page(report.html(replace(c, protocol={**c.protocol, "partitions": 1, "seeds": 1, "confirm_seeds": 1}))).text
+    assert "the same 1 partition × 5 folds of the search rows; networks with 1 seed, other" in small
+    assert "networks with 1 seed; that interval" in small
+
+
 def test_numbers_are_those_of_the_records(pages):
     words = pages["classes"][1].text
     for text in (
-        "confirmed", "+1.9 points +0.7 to +3.1", "92.3 against 90.4", "1.8 points", "1,368 rows, 20 seeds each",
+        "confirmed", "+1.9 points +0.7 to +3.1", "92.3 against 90.4", "1.8 points",
+        "1,368 rows, 20 seeds against one run",
         "+2.3 +1.1 to +3.5", "0.021", "8.79 largest to smallest class 7.91 to 9.79", "1.2% of labels 0.0% to 4.1%",
         "Stopped early: after 8 cells", "poly1_cross_entropy epsilon -1", "hidden 128, 128", "1 min 24 s",
         "2.1 s per fit, 41 MB , 19,330 parameters", "66 kB",

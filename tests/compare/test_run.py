@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from lossary import tasks
-from lossary.compare import compare, run
+from lossary.compare import cells, compare, run
 from lossary.compare.arms import Arm
 from lossary.compare.cells import Bench, Job, Outcome, Protocol
 from lossary.compare.encode import Encoder
 from lossary.compare.load import load
 from lossary.compare.metrics import named
-from lossary.compare.problem import Problem, lock
-from lossary.compare.search import ALWAYS_KEPT, TASKS, Work, search
+from lossary.compare.problem import Problem, lock, splits
+from lossary.compare.search import ALWAYS_KEPT, TASKS, Deadline, Work, search
 from lossary.compare.store import Store
 from lossary.compare.training import Fold, predict
 from lossary.errors import BadInput
@@ -415,14 +416,14 @@ def test_a_killed_run_resumes_and_computes_nothing_twice(found, table, tmp_path)
 # Budget and folder
 
 
-def plan_of(seconds: float, parts: int = 6) -> run.Plan:
-    """A plan whose arms all take so long for their first training."""
+def plan_of(seconds: float, parts: int = 6, slowdown: float = 1.0) -> run.Plan:
+    """A plan whose arms all take so long for their first training, on one core."""
 
     class Told:
-        done = 0
+        done, workers = 0, 1
 
         def finish(self, jobs):
-            return [Outcome((1.0,), seconds) for _ in jobs]
+            return [Outcome((1.0,), seconds, slowdown * seconds) for _ in jobs]
 
     arms = (arm("plain", part=False), *(replace(arm(f"p{i}"), part=f"losses.p{i}") for i in range(parts)))
     return run.Plan(*[None] * 6, Protocol(settings=2), arms, (), Told())
@@ -430,24 +431,173 @@ def plan_of(seconds: float, parts: int = 6) -> run.Plan:
 
 def test_a_budget_cuts_partitions_and_then_the_worst_fitting_parts():
     full = plan_of(1.0)
-    assert run._within(1e9, full) == full
     first = run._first_round(full)
-    seen = [run._within(budget, full) for budget in np.linspace(run._seconds(full, first), 0, 60)]
+    assert run._within(full, first, 1e9) == full
+    seen = [run._within(full, first, left) for left in np.linspace(run._seconds(full, first, 0), 0, 60)]
     sizes = [(plan.protocol.partitions, len(plan.arms)) for plan in seen]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == (4, 7)
     assert {partitions for partitions, arms in sizes if arms == 7} == {4, 3, 2, 1}
     assert sizes[-1] == (1, 2)
-    assert "longer than the budget" in seen[-1].notes[0]
-    assert seen[-1].skipped[0] == ("losses.p5", "the budget of 0 s leaves no time for it")
+    assert seen[-1].skipped[0] == ("losses.p5", "the budget leaves no time for it")
+    assert run._cuts(30, full, seen[-1]) == ("Cut down to 1 of 4 partitions, 2 of 7 arms by the budget of 30 s.",)
+    assert run._cuts(30, full, full) == ()
     shorter = next(plan for plan in seen if plan.protocol.partitions == 1 and len(plan.arms) == 4)
-    assert run._seconds(shorter, first) <= run._seconds(full, first)
+    assert run._seconds(shorter, first, 0) <= run._seconds(full, first, 0)
 
 
-def test_a_budget_is_kept_to_and_said(table):
+def test_an_estimate_goes_by_the_clock_and_not_by_the_processor():
+    """Two arms of 1 s, one left: 3 further tunings, 20 cells of 11 / 8 s, then 20 seeds twice and the winner."""
+    plan = plan_of(1.0, parts=1)
+    alone = run._seconds(plan, run._first_round(plan), run.MOST_COMBINED)  # one part is combined with no other
+    assert alone == pytest.approx(2 * (3 + 20 * 11 / 8) + run.STARTING + 2 * 26 / 8 + 1 + run.IMPORTING + run.REPORTING)
+    busy = plan_of(1.0, parts=1, slowdown=3.0)
+    assert run._first_round(busy).slowdown == pytest.approx(3)
+    assert run._seconds(busy, run._first_round(busy), 0) == pytest.approx(3 * alone)
+
+
+def test_combinations_are_expected_as_far_as_the_budget_goes():
+    """Each takes what a part takes: 3 further tunings of 1 s and 20 cells of 11 / 8 s."""
+    plan = plan_of(1.0, parts=2)
+    plan = replace(plan, arms=(*plan.arms[:2], replace(plan.arms[2], role="weighting")))
+    first, part = run._first_round(plan), 3 + 20 * 11 / 8
+    least = 10 + run._seconds(plan, first, 0)
+    assert run._expected(plan, first, 10, None) == pytest.approx(least + 3 * part)
+    for budget, expected in ((0, least), (least + 5, least + 5), (1e9, least + 3 * part)):
+        assert run._expected(plan, first, 10, budget) == pytest.approx(expected)
+
+
+class Clock:
+    """Stands still but for what is told to take time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def during(self, function, *seconds: float):
+        """The function, taking so many seconds at each call; the last number stays."""
+        left = list(seconds)
+
+        def slow(*args, **kwargs):
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            return function(*args, **kwargs)
+
+        return slow
+
+
+@pytest.mark.parametrize(
+    ("until", "partitions"), [(0.0, 1), (39.0, 1), (40.0, 2), (42.5, 2), (43.0, 3), (51.0, 3), (52.0, 4)]
+)
+def test_the_clock_stops_a_search_between_partitions(until, partitions):
+    """Tuning takes 10 s, a partition of five arms 15 s; c and d are then hopeless, and the others take 9 s."""
+    finish, asked = made_up({"plain": 80.0, "a": 81.0, "b": 79.99, "c": 60.0, "d": 60.0})
+    clock = Clock()
+
+    def timed(jobs):
+        clock.now += sum(1.0 if job.kind == "cell" else 0.5 for job in jobs)
+        return finish(jobs)
+
+    arms = [arm("plain", part=False), *map(arm, "abcd")]
+    protocol = replace(TINY, partitions=4)
+    found = search(arms, protocol, named("accuracy"), timed, deadline=Deadline(until, clock))
+    assert found.partitions == partitions
+    assert {job.partition for job in asked if job.kind == "cell"} == set(range(partitions))
+    assert all(len(found.scores[name]) == 3 * partitions for name in ("plain", "a", "b"))
+    assert set(found.dropped) == ({"c", "d"} if partitions > 1 else set())
+
+
+@pytest.mark.parametrize(("until", "tried"), [(47.5, 0), (48.5, 1), (55.5, 1), (56.5, 2)])
+def test_combinations_are_left_out_where_they_would_end_too_late(until, tried):
+    """The search ends at 32 s. A combination is judged by its two parts, half of 12 s a partition, and by two
+    partitions and the 2/3 that its tuning is: 16 s; it takes 8 s."""
+
+    def part(name: str, role: str) -> Arm:
+        settings = ({"lr": 1.0, "weight_decay": 0.1, "parts": [{"part": name, "role": role, "hyper": {}}]},)
+        return Arm(name, "network", "", settings, name, name, role, name)
+
+    clock = Clock()
+
+    def finish(jobs):
+        clock.now += len(jobs)
+        return [Outcome((70.0 if job.arm == "plain" else 80.0 + len(job.arm),), 1.0) for job in jobs]
+
+    plain = replace(part("plain", ""), part=None)
+    arms = [plain, part("a", "loss"), part("b", "weighting"), part("c", "optimizer")]
+    found = search(arms, TINY, named("accuracy"), finish, deadline=Deadline(until, clock))
+    assert found.partitions == 2
+    assert [a.name for a in found.arms[4:]] == ["a + b", "a + b + c"][:tried]
+    assert found.cut_short == (tried < 2)
+
+
+@pytest.fixture
+def clocked(table, monkeypatch):
+    """Comparisons by a clock that only reading (5 s), profiling (15 s) and jobs move, which take so many seconds."""
+    clock = Clock()
+    for module in (run, cells):
+        monkeypatch.setattr(module, "perf_counter", clock)
+    monkeypatch.setattr(cells, "process_time", clock)
+    monkeypatch.setattr(run, "load", clock.during(run.load, 5.0))
+    monkeypatch.setattr(run, "profile", clock.during(run.profile, 15.0))
+    trained = cells.predict
+
+    def call(function, *jobs: float, **options):
+        monkeypatch.setattr(cells, "predict", clock.during(trained, *jobs))
+        return function(
+            table, target="y", arms=["linear", "sam"], seeds=2, protocol=replace(TINY, partitions=4), workers=0,
+            **options,
+        )  # fmt: skip
+
+    return call
+
+
+def test_a_budget_counts_all_that_went_by(clocked):
+    """The network's 12 cells were thought to take 8/7 of its tuning's 1 s; then come two confirmations of 9/7 s."""
+    foretold, plan = clocked(run.estimate, 1.0)
+    assert plan.protocol.partitions == 4
+    besides = run.IMPORTING + run.REPORTING
+    assert foretold == pytest.approx(5 + 15 + 8 + 12 + 12 * 8 / 7 + 2 * 9 / 7 + 1 + besides)
+    full = clocked(compare, 1.0)
+    assert full.seconds == 5 + 15 + 8 + 12 + 12 + 2
+    enough = clocked(compare, 1.0, budget=foretold + 0.1)
+    assert without_times(enough) == without_times(full)
+    less = clocked(compare, 1.0, budget=foretold - 0.1)
+    assert less.protocol["partitions"] == 3
+    assert less.notes[-1] == f"Cut down to 3 of 4 partitions by the budget of {foretold - 0.1:g} s."
+    assert less.seconds == full.seconds - 6
+
+
+def test_the_clock_goes_on_after_the_plan(clocked, table):
+    """After the first round each job takes 3 s and not 1: of two partitions that seemed to fit, one is run."""
+    told = []
+    found = clocked(
+        compare, 1.0, 1.0, 3.0, budget=60.0, planned=lambda plan, _: told.append((plan.protocol.partitions, plan.notes))
+    )
+    assert told == [(2, ("Cut down to 2 of 4 partitions by the budget of 60 s.",))]
+    assert found.seconds == 20 + 2 + 6 * 3 + 6 * 3 + 2 * 3
+    assert found.notes[-2:] == (
+        "Cut down to 1 of 4 partitions by the budget of 60 s.",
+        f"Took about {64 + run.IMPORTING + run.REPORTING:.0f} s in all, longer than the budget of 60 s.",
+    )
+    # What is said rests on the three cells that there are: t with 2 degrees of freedom.
+    assert found.protocol["partitions"] == 1
+    baseline, other = sorted(found.arms, key=lambda arm: arm.against_baseline is not None)
+    assert baseline.cells == other.cells == 3
+    lead = np.array(other.cell_scores) - np.array(baseline.cell_scores)
+    problem = load(table, target="y")
+    cut = splits(problem.rows(lock(problem)[0]), 3, np.random.default_rng((0, 0)))
+    error = lead.std(ddof=1) * np.sqrt(1 / 3 + np.mean([len(test) / len(train) for train, test in cut]))
+    assert other.against_baseline.high - lead.mean() == pytest.approx(stats.t.ppf(0.975, 2) * error)
+    assert found.protocol["comparisons"] == 1 + 3  # and combinations that were not tried
+    assert other.p_holm == pytest.approx(min(1, 4 * 2 * stats.t.sf(abs(lead.mean()) / error, 2)))
+
+
+def test_even_the_least_comparison_is_made_and_said_to_overrun(table):
     found = compare(table, target="y", arms=["linear", "sam"], seeds=2, protocol=TINY, workers=0, budget=0.001)
     assert found.protocol["partitions"] == 1
-    assert any("longer than the budget" in note for note in found.notes)
+    assert {arm.name for arm in found.arms} == {"linear model", "sam: SAM"}
+    assert "longer than the budget of 0.001 s" in found.notes[-1]
 
 
 def test_folders_that_hold_other_things_are_refused(tmp_path):

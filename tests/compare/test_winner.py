@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lossary.compare import winner
 from lossary.compare.encode import Encoder
@@ -64,9 +65,12 @@ CASES = {
             part("weighting.DynamicLossGate", "weighting"),
             part("losses.poly1_cross_entropy", "loss", epsilon=1.0),
             part("weighting.InfoBatch", "selector", ratio=0.5),
+            part("losses.VATLoss", "penalty", epsilon=0.3),
             part("optim.SAM", "optimizer", rho=0.05),
         ),
     ),
+    "penalty": ("wine", "log-loss", part("losses.VATLoss", "penalty", epsilon=1.0)),
+    "built": ("diabetes", "RMSE", {**part("weighting.DistLoss", "loss", weight=0.5), **REAL}),
     "index": ("wine", "log-loss", part("losses.ALDRKLLoss", "loss", alpha=4.0)),
     "boosting": ("breast-cancer", "AUROC", {**TREES, "class_weight": "balanced"}),
     "linear": ("digits", "macro F1", {"family": "linear", "class_weight": None, "C": 0.1}),
@@ -152,6 +156,57 @@ def test_script_scores_what_the_harness_scores(name, printed, odd_csv):
     assert int(said[1].replace(",", "")) == len(locked)
     # A procedure's second network starts from other weights than in the harness: it cannot be the same to the digit.
     assert float(said[2]) == pytest.approx(expected, rel=0.1 if name == "procedure" else 1e-3)
+
+
+def trained_by(source: str, problem) -> tuple[dict[str, object], tuple[object, ...], pd.DataFrame]:
+    """What a script defines, what it trains on the search rows, and the locked rows' columns."""
+    made: dict[str, object] = {"__name__": "winner"}
+    exec(compile(source, "winner.py", "exec"), made)
+    features, target = made["load"]()
+    search, locked = lock(problem)
+    return made, made["train"](features.iloc[search], target.iloc[search]), features.iloc[locked]
+
+
+@pytest.mark.parametrize("name", ["plain", "loss", "optimizer", "index"])
+def test_script_and_harness_agree_in_float64(name):
+    """With the script's columns, not rounded, and the same weights: what is left is the order of sums, and the weights
+    of classes, which the harness rounds to float32."""
+    data, metric, setting = CASES[name]
+    problem = load(data)
+    search, locked = lock(problem)
+    torch.set_default_dtype(torch.float64)
+    try:
+        source = winner.script(comparison(setting, metric), problem).replace("np.float32", "np.float64")
+        made, trained, unseen = trained_by(source, problem)
+        x, test = (trained[0].transform(problem.features.iloc[rows]) for rows in (search, locked))
+        fold = Fold(x, problem.target[search], test, len(problem.classes))
+        predictions, _ = predict(setting, fold, Seeds((0,)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert predictions.dtype == np.float64
+    np.testing.assert_allclose(np.exp(predictions[0]), made["probabilities"](trained, unseen), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "real"])
+def test_script_reproduces_the_confirmed_score_with_other_seeds(name):
+    """The mean of ten seeds that the comparison did not draw lies within two standard errors of that of its twenty."""
+    data, metric, setting = CASES[name]
+    problem = load(data)
+    search, locked = lock(problem)
+    encoder = Encoder().fit(problem.features.iloc[search])
+    x, test = (encoder.transform(problem.features.iloc[rows]) for rows in (search, locked))
+    predictions, _ = predict(
+        setting, Fold(x, problem.target[search], test, len(problem.classes)), Seeds(tuple(range(20)))
+    )
+    confirmed = named(metric).score(predictions.astype(float), problem.target[locked])
+    scores = []
+    for seed in range(20, 30):
+        made, trained, unseen = trained_by(winner.script(comparison(setting, metric), problem, seed=seed), problem)
+        said = np.log(made["probabilities"](trained, unseen)) if problem.classes else made["predict"](trained, unseen)
+        scores.append(named(metric).score(said[None].astype(float), problem.target[locked])[0])
+    error = confirmed.std(ddof=1) * np.sqrt(1 / 20 + 1 / 10)
+    assert abs(np.mean(scores) - confirmed.mean()) <= 2 * error
+    assert np.std(scores) > 0
 
 
 def test_scripts_are_clean(printed, tmp_path):

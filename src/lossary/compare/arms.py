@@ -34,12 +34,12 @@ from lossary import catalogue
 from lossary.compare.metrics import KINDS, Metric
 from lossary.compare.problem import Problem
 from lossary.compare.profile import Profile
-from lossary.compare.training import part_of
+from lossary.compare.training import maker, part_of
 from lossary.errors import BadInput
 from lossary.roles import mark_of
 from lossary.vocabulary import PROFILE_FIELDS, MissingFact, fill
 
-ROLES = ("loss", "weighting", "selector", "optimizer", "procedure")
+ROLES = ("loss", "weighting", "selector", "penalty", "optimizer", "procedure")
 ALWAYS = {
     "overfitting": "any network can fit its training rows too well",
     "training-cost": "shorter training is always welcome",
@@ -49,7 +49,8 @@ MOST_BOOSTED = 2
 EVEN = ("balanced accuracy", "macro F1", "mAP", "label F1")  # metrics for which every class counts the same
 # Arguments without a default that training hands to a part.
 MADE_HERE = {
-    "self", "input", "target", "losses", "params", "epochs", "generator", "labels", "model", "loss", "profile", "index",
+    "self", "input", "target", "losses", "params", "epochs", "generator", "labels", "batch_size", "model", "loss",
+    "profile", "index",
 }  # fmt: skip
 ALONE = {"procedure"}  # roles that train in a loop of their own, which knows losses only
 
@@ -177,10 +178,16 @@ def check_names(names: Sequence[str]) -> None:
     known = {name for paper, part in _candidates() for name in (*_own_names(paper, part), paper["id"])}
     known |= {"network", "boosting", "linear", *CONVENTIONAL}
     for name in names:
-        if name.lower() not in known:
-            near = get_close_matches(name.lower(), sorted(known), n=2, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see `lossary find` for parts"
-            raise BadInput(f"--arms: no arm or part {name!r}; {hint}")
+        if name.lower() in known:
+            continue
+        idle = [paper["id"] for paper, part in _parts() if name.lower() in (*_own_names(paper, part), paper["id"])]
+        if idle:
+            raise BadInput(
+                f"--arms: {name!r} has no role that a comparison tries; `lossary show {idle[0]}` tells its use"
+            )
+        near = get_close_matches(name.lower(), sorted(known), n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `lossary find` for parts"
+        raise BadInput(f"--arms: no arm or part {name!r}; {hint}")
 
 
 TITLES = {"linear": "linear model", "boosting": "gradient boosting", "network": "network"}
@@ -260,7 +267,11 @@ def _boosted(arms: Sequence[Arm], problem: Problem, settings: int) -> list[Arm]:
 
 def _candidates() -> list[tuple[catalogue.Entry, dict[str, Any]]]:
     """The papers' parts whose role fits."""
-    return [(paper, part) for paper in catalogue.entries() for part in paper["parts"] if part["role"] in ROLES]
+    return [(paper, part) for paper, part in _parts() if part["role"] in ROLES]
+
+
+def _parts() -> list[tuple[catalogue.Entry, dict[str, Any]]]:
+    return [(paper, part) for paper in catalogue.entries() for part in paper["parts"]]
 
 
 def _own_names(paper: catalogue.Entry, part: Mapping[str, Any]) -> tuple[str, ...]:
@@ -273,6 +284,10 @@ def _obstacle(paper: catalogue.Entry, part: Mapping[str, Any], problem: Problem,
     """Why a part cannot serve on this data, or nothing."""
     kind = "classes" if problem.task == "ordinal" else problem.task
     on = part["options"].get("on", kind)
+    if part["role"] == "penalty":
+        if on != "module":
+            return f"acts on {on}, which a comparison's networks do not hand out"
+        on = "classes"  # what the role's module tells and its y holds
     if on != kind:
         return f"is for a target of {KINDS[on]}, this one is of {KINDS[kind]}"
     made = part_of({"part": f"{paper['room']}.{part['name']}"})
@@ -280,17 +295,19 @@ def _obstacle(paper: catalogue.Entry, part: Mapping[str, Any], problem: Problem,
         return "trains in turns, which know no weights of rows"
     if part["role"] == "procedure" and not hasattr(made, "build"):
         return "has no `build`, by which a comparison could set it up"
-    try:
-        fill(made, profile.facts())
+    try:  # a procedure's `build` gets all facts at once, and its constructor asks for some by name
+        fill(made if part["role"] == "procedure" else maker(made), profile.facts())
     except MissingFact as missing:
         return str(missing)
-    calls = (
-        [made.build] if part["role"] == "procedure" else [made, *([made.forward] if hasattr(made, "forward") else [])]
-    )
+    calls = [maker(made)]
+    if part["role"] != "procedure" and hasattr(made, "forward"):
+        calls.append(made.forward)
     handed = {*MADE_HERE, *PROFILE_FIELDS, *(part["options"].get("tune") or ())}
+    if part["role"] == "penalty":
+        handed |= {"module", "x", "y"}
     if problem.group is not None and part["role"] in ("weighting", "selector"):
         handed |= {"group"}
-    if problem.task == "multilabel" and part["role"] in ("weighting", "selector"):
+    if kind != "classes" and part["role"] in ("weighting", "selector"):
         handed -= {"target", "labels"}  # one class number a row
     lacking = [
         name

@@ -29,7 +29,7 @@ from lossary.compare.training import (
     values,
 )
 from lossary.tasks import Seeds
-from lossary.vocabulary import asked, fill
+from lossary.vocabulary import asked
 
 # Beside them LightGBM's defaults; one thread, and the same trees every time.
 FIXED = {"n_jobs": 1, "random_state": 0, "deterministic": True, "force_row_wise": True, "verbosity": -1}
@@ -107,7 +107,7 @@ class Objective:
         for entry in setting["parts"]:
             part = part_of(entry)
             if entry["role"] == "loss":
-                self.loss = stacked_loss(part, {**fill(part, fold.facts()), **entry["hyper"]}, fold, seeds)
+                self.loss = stacked_loss(part, entry["hyper"], fold, seeds, batch=len(fold.y))
             else:
                 self.weighting = stacked_weighting(
                     part, entry["role"], entry["hyper"], fold, seeds, epochs=setting["n_estimators"]

@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lossary.compare.load.text import pointed, read_words
+from lossary.compare.load.words import brief
 from lossary.compare.metrics import Metric
 from lossary.compare.problem import Problem
 from lossary.errors import BadInput
@@ -16,12 +17,18 @@ SURE = 1e-6  # least probability that is read; a log-loss must not hang on how a
 TOLERANCE = 1e-3  # by which probabilities of a row may miss the sum 1: files are rounded
 
 
-def read_predictions(path: str | os.PathLike[str], problem: Problem, metric: Metric) -> NDArray[np.float64]:
+def read_predictions(
+    path: str | os.PathLike[str], problem: Problem, metric: Metric, notes: list[str] | None = None
+) -> NDArray[np.float64]:
     """Predictions for these rows of the problem, in the shape that metrics take: (1, rows, ...).
 
     The first column holds the ids of the rows, in any order; rows beyond those asked for are fine. For a real target
-    the second holds values. For classes it holds the class, or a probability of the last of two classes, or there is a
-    column of probabilities for each class, named like it. For labels there is a column of probabilities for each.
+    the second holds values. For classes it holds the class, or there is a column of probabilities for each class, named
+    like it. Of two classes one column is enough, and if no column is named like a class, the second holds the
+    probability of the last, which is noted. For labels there is a column of probabilities for each.
+
+    Args:
+        notes: what is inferred is added to them.
 
     Raises:
         BadInput: the file cannot be read, lacks rows, or holds something else.
@@ -51,6 +58,9 @@ def read_predictions(path: str | os.PathLike[str], problem: Problem, metric: Met
         return _from_chances(chances, problem, where)[None]
     if problem.task == "multilabel":
         raise BadInput(f"{where} needs a column of probabilities for each of {', '.join(map(repr, problem.classes))}")
+    named = [name for name in found.columns if name in problem.classes]
+    if len(problem.classes) == 2 and named:
+        return _of_two(found[named], problem.classes.index(named[0]), problem, where)
     first = found.iloc[:, 0].str.strip()
     if first.isin(problem.classes).all():
         if metric.name not in ("accuracy", "balanced accuracy", "macro F1", "level error", "quadratic kappa"):
@@ -60,12 +70,23 @@ def read_predictions(path: str | os.PathLike[str], problem: Problem, metric: Met
         chosen = first.map({name: code for code, name in enumerate(problem.classes)}).to_numpy()
         return np.log(np.where(np.arange(len(problem.classes)) == chosen[:, None], 1 - SURE, SURE))[None]
     if len(problem.classes) == 2:
-        chance = _numbers(found.iloc[:, :1], where)
-        return _from_chances(np.hstack([1 - chance, chance]), problem, where)[None]
+        if notes is not None:
+            other, last = map(repr, problem.classes)
+            notes.append(
+                f"Predictions: {found.columns[0]!r} was read as the probability of {last}; if it is that of {other}, "
+                "name the column so."
+            )
+        return _of_two(found.iloc[:, :1], 1, problem, where)
     raise BadInput(
         f"{where} has {first[~first.isin(problem.classes)].iloc[0]!r}, which is no class; give one of "
         f"{', '.join(map(repr, problem.classes[:6]))}, or a column of probabilities for each"
     )
+
+
+def _of_two(column: pd.DataFrame, which: int, problem: Problem, where: str) -> NDArray[np.float64]:
+    """From the probability of one of two classes."""
+    chance = _numbers(column, where)
+    return _from_chances(np.hstack([1 - chance, chance])[:, :: 1 if which else -1], problem, where)[None]
 
 
 def read_costs(path: str | os.PathLike[str], classes: tuple[str, ...]) -> NDArray[np.float64]:
@@ -85,15 +106,26 @@ def read_costs(path: str | os.PathLike[str], classes: tuple[str, ...]) -> NDArra
 
 
 def _table(path: str | os.PathLike[str], option: str) -> pd.DataFrame:
-    """All columns as text."""
-    if not Path(path).is_file():
-        raise BadInput(f"{option}: no file {os.fspath(path)!r}")
+    """All columns as text, their names without blanks at the ends; beside the first, decimal commas are points."""
+    path, separator = Path(path), ","
+    if not path.is_file():
+        raise BadInput(f"{option}: no file {str(path)!r}")
     try:
-        if Path(path).suffix == ".parquet":
-            return pd.read_parquet(path).astype(str)
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
+        if path.suffix == ".parquet":
+            found = pd.read_parquet(path).astype(str)
+        else:
+            found, separator = read_words(path)
+    except BadInput as error:
+        raise BadInput(f"{option}: {error}") from None
     except Exception as error:  # whatever pandas and pyarrow raise on files that are no tables
-        raise BadInput(f"{option}: {os.fspath(path)!r} is no table that can be read ({_line(error)})") from None
+        raise BadInput(f"{option}: {str(path)!r} is no table that can be read ({brief(error)})") from None
+    if separator != ",":
+        found.iloc[:, 1:] = found.iloc[:, 1:].apply(pointed)
+    found.columns = [str(name).strip() for name in found.columns]
+    if found.columns.has_duplicates:
+        twice = found.columns[found.columns.duplicated()][0]
+        raise BadInput(f"{option}: {str(path)!r} has two columns named {twice!r}; rename one")
+    return found
 
 
 def _numbers(table: pd.DataFrame, where: str) -> NDArray[np.float64]:
@@ -115,7 +147,3 @@ def _from_chances(chances: NDArray[np.float64], problem: Problem, where: str) ->
     if np.abs(total - 1).max() > TOLERANCE * len(problem.classes):
         raise BadInput(f"{where}: the probabilities of a row sum to {total[np.abs(total - 1).argmax()]:g}, expected 1")
     return np.log(clipped / clipped.sum(1, keepdims=True))
-
-
-def _line(error: Any) -> str:
-    return " ".join(str(error).split())[:120]

@@ -3,10 +3,11 @@
 Workers load this file alone, so it imports what training takes and no more.
 """
 
-import time
+import ctypes
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 from lossary.compare.encode import Encoder
 from lossary.compare.metrics import Metric
 from lossary.compare.problem import Problem, splits
-from lossary.compare.training import Fold, predict
+from lossary.compare.training import Fold, part_of, predict
 from lossary.errors import BadInput
 from lossary.tasks import Seeds
 
 HELD_OUT = 4  # of so many parts of the search rows, each split for tuning holds out one
+# What a family's first training imports, as a part's does its room: a second or two that are not the arm's.
+IMPORTS = {"network": "torch._dynamo", "boosting": "lossary.compare.boosting", "linear": "sklearn.linear_model"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores of a job, one for each seed, or why it failed; a confirmation has predictions too."""
+    """Scores of a job, one for each seed, or why it failed; a confirmation has predictions too.
+
+    `seconds` are those of the processor, which are the arm's own whatever else the machine does; `elapsed` those that
+    went by meanwhile.
+    """
 
     scores: tuple[float, ...] = ()
     seconds: float = 0.0
+    elapsed: float = 0.0
     parameters: int = 0
     memory: int = 0
     error: str = ""
@@ -103,19 +111,22 @@ class Bench:
 
     def __call__(self, job: Job) -> Outcome:
         fold, target, weight = self.fold(job.kind, job.partition, job.fold)
-        import_module("torch._dynamo")  # which an optimizer's first step imports: a second that is not the arm's
-        start, before = time.process_time(), _reset_peak()
+        import_module(IMPORTS[job.setting["family"]])
+        for entry in job.setting.get("parts", ()):
+            part_of(entry)
+        before = _reset_peak()
+        start, began = process_time(), perf_counter()
         try:
             predictions, parameters = predict(job.setting, fold, Seeds(job.seeds), device=self.device)
         except BadInput:  # the user's own code
             raise
         except ValueError as error:  # a part that refuses this data or this hyper-parameter
             return Outcome(error=" ".join(str(error).split()))
-        seconds = time.process_time() - start  # of this one thread, whatever else the machine does
+        seconds, elapsed = process_time() - start, perf_counter() - began
         memory = max(_memory("VmHWM") - before, 0) if before else 0
         scores = self.metric.score(predictions.astype(np.float64), target, weight).tolist()
         kept = predictions if job.kind == "confirm" else None
-        return Outcome(tuple(scores), seconds, parameters, memory, predictions=kept)
+        return Outcome(tuple(scores), seconds, elapsed, parameters, memory, predictions=kept)
 
     @property
     def ratio(self) -> float:
@@ -151,10 +162,15 @@ class Bench:
 
 
 def _reset_peak() -> int:
-    """What this process holds in memory, which from now on is its peak; 0 where only Linux could tell."""
+    """What this process holds in memory, which from now on is its peak; 0 where only Linux could tell.
+
+    What was freed but kept for later goes back to the system first: a fit that is given it again would seem to take
+    nothing.
+    """
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (AttributeError, OSError, TypeError):  # no glibc, no such file, no library of one's own
         return 0
     return _memory("VmRSS")
 

@@ -38,7 +38,7 @@ def confirm(
         effect=lead.interval,
         detectable=lead.detectable,
         rows=len(target),
-        seeds=max(len(first), len(second)),
+        seeds=(len(first), len(second)),
         scores=tuple(float(np.mean(metric.score(arm, target, weight))) for arm in predictions),
         exploratory=too_few(target, locked.task, locked.classes),
     )
@@ -52,23 +52,37 @@ def answer(confirmation: Confirmation | None, metric: Metric) -> str:
     span = f"95% interval {bounds(effect)}"
     rows = f"on {c.rows:,} rows that nothing had looked at"
     if c.exploratory:
-        return (
-            f"Exploratory only, as {c.exploratory}: there {c.finalist} differed from {c.baseline} by "
-            f"{amount(effect.difference, effect, metric, sign=True)} in {metric.name} ({span}, more being better)."
-        )
+        return f"{_exploratory(c, metric)}."
     if effect.low > 0:
         verb = "raised" if metric.better == "higher" else "lowered"
-        by = amount(effect.difference, effect, metric)
+        by = amount(effect.difference, effect, metric.unit)
         return f"{c.finalist} {verb} {metric.name} by {by} over {c.baseline} ({span}, {rows})."
     if effect.high < 0:
         return (
             f"Nothing tried is shown to beat {c.baseline}: the best part, {c.finalist}, was worse by "
-            f"{amount(-effect.difference, effect, metric)} in {metric.name} ({span}, {rows})."
+            f"{amount(-effect.difference, effect, metric.unit)} in {metric.name} ({span}, {rows})."
         )
     return (
         f"Nothing tried is shown to beat {c.baseline}: the best part, {c.finalist}, differed by "
-        f"{amount(effect.difference, effect, metric, sign=True)} in {metric.name} ({span}, {rows}); a lead of "
-        f"{amount(c.detectable, effect, metric)} or more would most likely have been seen."
+        f"{amount(effect.difference, effect, metric.unit, sign=True)} in {metric.name} ({span}, {rows}); a lead of "
+        f"{amount(c.detectable, effect, metric.unit)} or more would most likely have been seen."
+    )
+
+
+def _exploratory(c: Confirmation, metric: Metric) -> str:
+    """What is said, without the full stop, where the locked rows confirm nothing."""
+    return (
+        f"Exploratory only, as {c.exploratory}: there {c.finalist} differed from {c.baseline} by "
+        f"{amount(c.effect.difference, c.effect, metric.unit, sign=True)} in {metric.name} "
+        f"(95% interval {bounds(c.effect)}, more being better)"
+    )
+
+
+def detectable(c: Confirmation, unit: str) -> str:
+    """The smallest lead that the comparison would most likely have seen, in words."""
+    return (
+        f"the smallest detectable lead over {c.baseline} on these {c.rows:,} rows is "
+        f"{amount(c.detectable, c.effect, unit)} (2.8 standard errors)"
     )
 
 
@@ -84,14 +98,13 @@ def own_answer(finalist: ArmResult | None, metric: Metric) -> str:
         if effect.high < 0
         else f"whether {finalist.name} improves on the same model without it is open"
     )
-    difference = amount(effect.difference, effect, metric, sign=True)
+    difference = amount(effect.difference, effect, metric.unit, sign=True)
     return f"On the search rows, exploratory: {verdict}: {difference} in {metric.name} (95% interval {bounds(effect)})."
 
 
-def amount(value: float, effect: Interval, metric: Metric, *, sign: bool = False) -> str:
+def amount(value: float, effect: Interval, unit: str, *, sign: bool = False) -> str:
     """A number as precise as its interval, with its unit where it has a name."""
-    unit = f" {metric.unit}" if metric.unit in ("points", "nats") else ""
-    return figure(value, effect, sign=sign) + unit
+    return figure(value, effect, sign=sign) + (f" {unit}" if unit in ("points", "nats") else "")
 
 
 def bounds(effect: Interval) -> str:
@@ -110,6 +123,9 @@ def figure(value: float, effect: Interval, *, sign: bool = False) -> str:
 def own_predictions(found: Confirmation, name: str, metric: Metric) -> str:
     """How predictions that the user brought stand to the finalist on the locked rows."""
     effect = found.effect
+    rest = f"; {name} had {found.scores[1]:.4g}, and {detectable(found, metric.unit)}."
+    if found.exploratory:
+        return _exploratory(found, metric) + rest
     verdict = (
         f"{found.finalist} was better than {name}"
         if effect.low > 0
@@ -118,8 +134,8 @@ def own_predictions(found: Confirmation, name: str, metric: Metric) -> str:
         else f"whether {found.finalist} is better than {name} is open"
     )
     return (
-        f"On the {found.rows:,} locked rows {verdict}: {amount(effect.difference, effect, metric, sign=True)} in "
-        f"{metric.name} (95% interval {bounds(effect)}); {name} had {found.scores[1]:.4g}."
+        f"On the {found.rows:,} locked rows {verdict}: {amount(effect.difference, effect, metric.unit, sign=True)} in "
+        f"{metric.name} (95% interval {bounds(effect)}){rest}"
     )
 
 

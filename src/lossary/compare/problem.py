@@ -16,8 +16,8 @@ from lossary.errors import BadInput
 
 Task = Literal["classes", "ordinal", "multilabel", "real"]
 
-# A row found in more than this share of the table is a common pattern, not a copy: its repeats may part.
-COMMON = 0.1
+LARGE = 0.1  # share of the rows, more than which copies must not tie together
+FEW = 20  # so many different rows are too few to tell copies by
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,8 @@ class Problem:
         weight: (n,) not negative, mean 1.
         ids: (n,) what the caller calls each row.
         test: positions of the rows that the caller set aside as a test; none where it is None.
+        partial: whether the source has more rows with a target.
+        settled: `units` of rows that are part of a larger problem, which settled them.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Problem:
     weight: NDArray[np.float64] | None = None
     ids: NDArray[np.object_] | None = None
     test: NDArray[np.int64] | None = None
+    partial: bool = False
+    settled: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -65,7 +69,10 @@ class Problem:
         return len(self.classes) or 1
 
     def rows(self, index: NDArray[np.int64]) -> "Problem":
-        """The same problem on some of its rows, in the order of `index`."""
+        """The same problem on some of its rows, in the order of `index`; what must stay together stays so.
+
+        Rows of a problem with a test are one side of it, and settle that anew.
+        """
         test = None if self.test is None else np.flatnonzero(np.isin(index, self.test))
         return replace(
             self,
@@ -76,6 +83,7 @@ class Problem:
             weight=None if self.weight is None else self.weight[index],
             ids=None if self.ids is None else self.ids[index],
             test=test if test is not None and len(test) else None,
+            settled=pd.factorize(self.units[index])[0] if self.test is None else None,
         )
 
     @cached_property
@@ -99,11 +107,33 @@ class Problem:
         return pd.factorize(pd.util.hash_pandas_object(self.features, index=False))[0]
 
     @cached_property
-    def coarse(self) -> bool:
-        """Equal features mean coarse columns, not copied rows.
+    def crowded(self) -> bool:
+        """Rows may well be equal by chance: no more than `FEW` are different, or the columns are that coarse.
 
-        So it is where more than half of the rows have a twin and a quarter of those have one with another target.
+        Two different rows agree in column j with some probability q_j; were columns independent, each of n rows would
+        have (n - 1) prod_j q_j twins. That explains them if it is one twin or more, or half of those that there are.
         """
+        times = np.bincount(self.patterns)
+        if len(times) <= FEW or len(times) == len(self):
+            return len(times) <= FEW
+        enough = min(1.0, ((times**2).sum() / len(self) - 1) / 2)
+        expected, different = len(self) - 1.0, self.features[~pd.Series(self.patterns).duplicated().to_numpy()]
+        for name in different:
+            agree = different[name].value_counts(dropna=False).to_numpy()
+            expected *= float((agree * (agree - 1)).sum()) / (len(times) * (len(times) - 1))
+            if expected < enough:
+                return False
+        return True
+
+    @cached_property
+    def coarse(self) -> bool:
+        """Equal rows are the rule and their targets differ, so that they are no copies.
+
+        So it is where the table is `crowded`, more than half of the rows have a twin, and a quarter of those have one
+        with another target.
+        """
+        if not self.crowded:
+            return False
         twins = np.bincount(self.patterns)[self.patterns] > 1
         target = pd.util.hash_pandas_object(pd.DataFrame(self.target), index=False)
         differ = target.groupby(self.patterns).transform("nunique") > 1
@@ -114,28 +144,79 @@ class Problem:
         """A number per row, shared by rows that are copies: the same features, whatever the target.
 
         Keeping only those of one target together would leave a model nothing but contradictions. There are none
-        where the table is `coarse`, and a pattern in more than `COMMON` of the table is too frequent to be a copy.
+        where the table is `coarse`; where it is `crowded`, a pattern in more than `LARGE` of it is too frequent for
+        copies.
         """
         if self.coarse:
             return np.arange(len(self))
-        frequent = np.bincount(self.patterns)[self.patterns] > max(COMMON * len(self), 3)
+        frequent = self.crowded & (np.bincount(self.patterns)[self.patterns] > LARGE * len(self))
         return pd.factorize(np.where(frequent, -1 - np.arange(len(self)), self.patterns))[0]
 
     @cached_property
     def units(self) -> NDArray[np.int64]:
         """A number per row, shared by the rows that must stay on one side of a split: whole groups, and copies.
 
-        Copies are parted where groups that share them would hang together in more than half of the table.
+        Copies are parted where groups that share them would hang together in too much of the table. Some of them are
+        `surplus` then, unless the table is `crowded`.
         """
+        if self.settled is not None:
+            return self.settled
+        if self.group is not None and np.bincount(self._tied).max() > self._most_tied:
+            return pd.factorize(self.group)[0]
+        return self._tied
+
+    @cached_property
+    def _tied(self) -> NDArray[np.int64]:
+        """A number per row, shared by copies, groups, and whatever hangs together by them."""
         if self.group is None:
             return self.copies
         group = pd.factorize(self.group)[0]
         first = int(self.copies.max()) + 1
         links = coo_array((np.ones(len(self)), (self.copies, first + group)), shape=2 * (first + int(group.max()) + 1,))
-        joined = connected_components(links, directed=False)[1][self.copies]
-        if np.bincount(joined).max() > max(len(self) / 2, np.bincount(group).max()):
-            return group
-        return pd.factorize(joined)[0]
+        return pd.factorize(connected_components(links, directed=False)[1][self.copies])[0]
+
+    @property
+    def _most_tied(self) -> float:
+        """How many rows copies may tie together: a share of the table, or as many as the largest group has."""
+        return max(LARGE * len(self), 1 if self.group is None else np.unique(self.group, return_counts=True)[1].max())
+
+    @cached_property
+    def surplus(self) -> NDArray[np.int64]:
+        """Positions of copies that can neither be kept together nor parted: they are to be left out, but for one each.
+
+        Kept together they would tie more than `LARGE` of the rows, and more than the largest group; parted, a model
+        that has seen one would know the others. Which one stays is drawn: the first may always be of one class.
+        """
+        if self.test is not None:
+            return self.searchable[self.rows(self.searchable).surplus]
+        if self.crowded:
+            return np.arange(0)
+        group = np.arange(len(self)) if self.group is None else self.group
+        parted = pd.Series(group).groupby(self.patterns).transform("nunique").to_numpy() > 1
+        drawn = np.flatnonzero(parted & (np.bincount(self._tied)[self._tied] > self._most_tied))
+        drawn = np.random.default_rng(0).permutation(drawn)
+        return np.setdiff1d(drawn, drawn[np.unique(self.patterns[drawn], return_index=True)[1]])
+
+    @cached_property
+    def parted(self) -> int:
+        """How many rows have an equal one that a split may put on the other side."""
+        return int((pd.Series(self.units).groupby(self.patterns).transform("nunique") > 1).sum())
+
+    @property
+    def repeats(self) -> str:
+        """What splits do to equal rows, in a sentence."""
+        if not self.parted:
+            return "Splits keep rows with equal features together."
+        if self.coarse:
+            return (
+                "Equal rows are the rule here, and targets differ among them: splits part them freely, "
+                f"{self.parted:,} rows from an equal one."
+            )
+        why = ", as columns this coarse make rows equal by chance" if self.crowded else ""
+        return (
+            f"Not all rows with equal features stay together{why}: {self.parted:,} have an equal one that a split may "
+            "put on the other side, which flatters what only remembers rows."
+        )
 
     @cached_property
     def moments(self) -> NDArray[np.int64]:
@@ -151,6 +232,13 @@ class Problem:
         if self.group is not None:
             shared |= np.isin(self.group, self.group[tested])
         return np.flatnonzero(shared & ~tested)
+
+    @cached_property
+    def searchable(self) -> NDArray[np.int64]:
+        """Positions of the rows that are neither in `test` nor `leaked`."""
+        if self.test is None:
+            return np.arange(len(self))
+        return np.setdiff1d(np.arange(len(self)), np.union1d(self.test, self.leaked))
 
     @cached_property
     def strata(self) -> NDArray[np.int64]:
@@ -253,7 +341,7 @@ def lock(problem: Problem, *, share: float = 0.25, seed: int = 0) -> tuple[NDArr
         BadInput: this cannot be done so that every class is left to search in.
     """
     if problem.test is not None:
-        search = np.setdiff1d(np.arange(len(problem)), np.union1d(problem.test, problem.leaked))
+        search = problem.searchable
         _check(problem, search, "beside the test rows and what leaks from them; give other rows to train on")
         return search, np.sort(problem.test)
     if problem.time is not None:

@@ -76,6 +76,7 @@ def html(comparison: Comparison, winner: str = "", folder: Path | None = None) -
         "value": value,
         "plain": charts.number,
         "quantity": quantity,
+        "runs": runs,
     }
     pictures = {name: _figure(draw, _says(comparison, name)) for name, draw in _pictures(comparison)}
     return env.get_template("report.html").render(
@@ -105,6 +106,12 @@ def verdict(confirmation: Confirmation | None) -> str:
     if confirmation.effect.low > 0:
         return "confirmed"
     return "worse" if confirmation.effect.high < 0 else "not shown to help"
+
+
+def runs(confirmation: Confirmation) -> str:
+    """20 seeds each; 20 seeds against one run, where the baseline draws nothing."""
+    words = [f"{seeds} seeds" if seeds > 1 else "one run" for seeds in confirmation.seeds]
+    return f"{words[0]} each" if words[0] == words[1] else " against ".join(words)
 
 
 def lead(effect: Interval) -> str:

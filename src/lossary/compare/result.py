@@ -35,7 +35,7 @@ class ArmResult:
         cell_scores: the score in each (partition, fold), seeds averaged, in order.
         seconds: training time per fit, all seeds of one cell together.
         parameters: of one trained model, 0 where that means nothing.
-        memory: bytes that a fit took at most beyond what its process held before, 0 where that cannot be told.
+        memory: bytes that a fit took at most beyond what its process held in use before, 0 where that cannot be told.
     """
 
     name: str
@@ -70,7 +70,8 @@ class Confirmation:
         finalist, baseline: names of arms.
         effect: the finalist's lead on the locked rows.
         detectable: the smallest lead that this comparison would have seen four times in five, 2.8 SE.
-        rows, seeds: locked rows and seeds of each arm.
+        rows: locked.
+        seeds: of the finalist and of the baseline; 1 of an arm that draws nothing.
         scores: locked score of the finalist and of the baseline, in the metric's own direction.
         exploratory: why the locked rows are too few to confirm anything; empty when they are enough.
     """
@@ -80,7 +81,7 @@ class Confirmation:
     effect: Interval
     detectable: float
     rows: int
-    seeds: int
+    seeds: tuple[int, int]
     scores: tuple[float, float]
     exploratory: str = ""
 
@@ -95,7 +96,7 @@ class Comparison:
         own: the second answer, in a sentence: does the part improve its own model.
         data: name, source, target, task, rows, columns, locked, classes, digest.
         metric: name, unit, better ("higher" or "lower"), why it was chosen.
-        protocol: partitions, folds, seeds, confirm_seeds, settings tried per arm.
+        protocol: partitions, folds, seeds, confirm_seeds, settings tried per arm, comparisons adjusted for by Holm.
         arms: best first.
         skipped: parts of the catalogue that were not tried, each with its reason.
         command, versions, seconds: how to reproduce it, and how long it took.

@@ -3,7 +3,7 @@
 import os
 import platform
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,17 @@ from lossary.compare.model import Model, train
 from lossary.compare.problem import Problem, Task, lock
 from lossary.compare.profile import Profile, profile
 from lossary.compare.result import ArmResult, Comparison, Confirmation, winning
-from lossary.compare.search import MOST_COMBINED, Progress, Search, Work, search, tune_jobs
+from lossary.compare.search import (
+    MOST_COMBINED,
+    NO_DEADLINE,
+    WORTH_WORKERS,
+    Deadline,
+    Progress,
+    Search,
+    Work,
+    search,
+    tune_jobs,
+)
 from lossary.compare.statistics import Estimate, holm, over_cells
 from lossary.compare.store import Store
 from lossary.compare.training import built, filled
@@ -38,7 +48,8 @@ from lossary.tasks import cores
 STORE = "cells.sqlite"
 # The arguments that `load` takes.
 READING = ("target", "task", "group", "time", "sample_weight", "id", "drop", "embeddings", "test")
-START = 8.0  # seconds that processes take to begin, and the report to be written
+# Seconds of the processor that a comparison takes besides its trainings, on any data.
+IMPORTING, STARTING, REPORTING = 5.0, 5.0, 6.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,9 @@ def compare(
     workers: int | None = None,
     planned: Callable[[Plan, float], object] | None = None,
 ) -> Comparison:
-    """Find out which published part helps on this data, if any. The same call gives the same answer.
+    """Find out which published part helps on this data, if any.
+
+    The same call gives the same answer, unless a budget cuts it down: how far depends on the machine.
 
     Args:
         source, target, task, group, time, sample_weight, id, drop, embeddings, test: as `load` takes them.
@@ -101,14 +114,16 @@ def compare(
             against them on the locked rows.
         seeds: of each network in each cell.
         budget: seconds to stay within: partitions are left out, from four down to one, and then the parts that fit
-            worst, as the first training of each arm foretells. Conventional arms and one part always run.
+            worst, as the first training of each arm foretells; the clock then stops the search before a partition or
+            a combination that would end too late. Conventional arms and one part always run, in one partition, and
+            the notes say where that took longer.
         device: where networks are trained: "cpu" or "cuda".
         out: folder for the report, its JSON and charts, the model, `winner.py`, and all cells that are finished: the
             same call goes on where a killed one stopped. None writes nothing.
         protocol: how much is run; None is the full protocol.
         progress: called with (jobs done, jobs in all, arm).
         workers: processes; None is one for each core.
-        planned: called once, with what will be run and the seconds that takes if no arm is dropped.
+        planned: called once, with what will be run and the seconds from the start that takes if no arm is dropped.
 
     Raises:
         BadInput: something in the data or the arguments can be put right.
@@ -121,14 +136,21 @@ def compare(
         "metric": metric, "cost_matrix": cost_matrix, "predictions": predictions, "device": device,
     }  # fmt: skip
     plan = _plan(source, **given, seeds=seeds, out=out, protocol=protocol, progress=progress, workers=workers)
+    full, deadline = plan, NO_DEADLINE
     with plan.work:
-        if budget is not None:
-            plan = _within(budget, plan)
-        if planned is not None:
-            planned(plan, _seconds(plan, _first_round(plan)))
+        if budget is not None or planned is not None:
+            first = _first_round(plan)
+            if budget is not None:
+                plan = _within(plan, first, start + budget - perf_counter())
+                plan = replace(plan, notes=_cuts(budget, full, plan))
+                deadline = Deadline(start + budget - _ending(plan, first), perf_counter)
+            if planned is not None:
+                planned(plan, _expected(plan, first, perf_counter() - start, budget))
         found = search(
-            plan.arms, plan.protocol, plan.metric, plan.work.finish, plan.work.expect, ratio=plan.work.bench.ratio
-        )
+            plan.arms, plan.protocol, plan.metric, plan.work.finish, plan.work.expect,
+            ratio=plan.work.bench.ratio, deadline=deadline,
+        )  # fmt: skip
+        plan = replace(plan, protocol=replace(plan.protocol, partitions=found.partitions))
         results = _results(plan, found)
         confirmation, drawn, other = _confirm(plan, found, results)
     finalist = next((arm for arm in results if confirmation and arm.name == confirmation.finalist), None)
@@ -162,12 +184,13 @@ def compare(
             "seeds": plan.protocol.seeds,
             "confirm_seeds": plan.protocol.confirm_seeds,
             "settings": plan.protocol.settings,
+            "comparisons": len(results) - 1 + _not_combined(found),
         },
         profile=plan.profile,
         arms=results,
         confirmation=confirmation,
         skipped=plan.skipped,
-        notes=(*problem.notes, *plan.profile.notes, *plan.notes),
+        notes=(*problem.notes, *plan.profile.notes),
         command=_command(source, **given, seeds=seeds, budget=budget, out=out),
         versions=_versions(),
         seconds=perf_counter() - start,
@@ -176,6 +199,10 @@ def compare(
     )
     made = _model(plan, comparison)
     comparison = replace(comparison, trust=made.checked, seconds=perf_counter() - start)
+    if budget is not None:
+        whole = comparison.seconds + first.slowdown * (IMPORTING + REPORTING)  # what lies before and after
+        said = (*_cuts(budget, full, plan, fewer_combined=found.cut_short), *_overrun(budget, whole))
+        comparison = replace(comparison, notes=(*comparison.notes, *said))
     if out is not None:
         from lossary.compare import report, winner  # charts take a second to import
 
@@ -195,15 +222,18 @@ def _model(plan: Plan, comparison: Comparison) -> Model:
 
 
 def estimate(source: Any, *, budget: float | None = None, **options: Any) -> tuple[float, Plan]:
-    """Seconds that `compare` would take with these options, and what it would run.
+    """Seconds that `compare` would take with these options from its first import on, and what it would run.
 
-    Each arm is trained once, which is kept if there is an `out`. What racing will save is not counted.
+    The data are read and profiled and each arm is trained once, which is kept if there is an `out`. What racing will
+    save is not counted.
     """
+    start = perf_counter()
     plan = _plan(source, **options)
     with plan.work:
+        first = _first_round(plan)
         if budget is not None:
-            plan = _within(budget, plan)
-        return _seconds(plan, _first_round(plan)), plan
+            plan = _within(plan, first, start + budget - perf_counter())
+        return _expected(plan, first, perf_counter() - start, budget), plan
 
 
 def _plan(
@@ -233,6 +263,7 @@ def _plan(
         metrics.imported(model, "--model")
     _check_device(device)
     choice.check_names(arms)
+    _check_baseline(baseline, choice.CONVENTIONAL)
     folder = None if out is None else check_folder(Path(out))
     protocol = replace(protocol or Protocol(), seeds=seeds)
 
@@ -249,11 +280,15 @@ def _plan(
             Encoder().fit(problem.rows(rows).features).transform(problem.features.head(1)).shape[1],
         )
         built(model, shape, problem.outputs)
+    brought = None
+    if predictions is not None:  # before the profile, which takes its time; a metric by rule reads what accuracy reads
+        said: list[str] = []
+        brought = read_predictions(predictions, problem.rows(locked), asked or metrics.named("accuracy"), said)
+        problem = replace(problem, notes=(*problem.notes, *said))
     facts = profile(problem, rows, progress=progress)
     by, why = (asked, "as asked") if asked else metrics.by_rule(problem.task, facts)
-    brought = None if predictions is None else read_predictions(predictions, problem.rows(locked), by)
     chosen, skipped = choice.choose(problem, facts, by, settings=protocol.settings, network=network, names=arms)
-    _check_baseline(baseline, chosen)
+    _check_baseline(baseline, [arm.name for arm in chosen if arm.part is None])
     bench = Bench(problem, rows, locked, by, protocol, facts.label_noise, device)
     if folder is not None:
         try:
@@ -274,10 +309,9 @@ def _check_device(device: str) -> None:
         raise BadInput(f"--device: {device!r} is not to be had here ({reason}); use cpu") from None
 
 
-def _check_baseline(baseline: str | None, arms: Sequence[Arm]) -> None:
-    plain = [arm.name for arm in arms if arm.part is None]
-    if baseline is not None and baseline not in plain:
-        raise BadInput(f"--baseline: no conventional arm {baseline!r}; choose one of {', '.join(plain)}")
+def _check_baseline(baseline: str | None, names: Collection[str]) -> None:
+    if baseline is not None and baseline not in names:
+        raise BadInput(f"--baseline: no conventional arm {baseline!r}; choose one of {', '.join(sorted(names))}")
 
 
 def check_folder(folder: Path) -> Path:
@@ -299,50 +333,87 @@ def check_folder(folder: Path) -> Path:
 # The budget
 
 
-def _first_round(plan: Plan) -> dict[str, float]:
-    """Seconds of each arm's first training, which tuning needs in any case, and counts as done when it comes to it."""
+@dataclass(frozen=True)
+class First:
+    """What each arm's first training tells: seconds of the processor by arm, and how many seconds go by with one."""
+
+    seconds: dict[str, float]
+    slowdown: float
+
+
+def _first_round(plan: Plan) -> First:
+    """Each arm trained once, which tuning needs in any case, and counts as done when it comes to it."""
     jobs = [tune_jobs(arm, plan.protocol)[0] for arm in plan.arms]
-    first = {job.arm: outcome.seconds for job, outcome in zip(jobs, plan.work.finish(jobs))}
+    outcomes = plan.work.finish(jobs)
     plan.work.done -= len(jobs)
-    return first
+    total = sum(outcome.seconds for outcome in outcomes)
+    slowdown = sum(outcome.elapsed for outcome in outcomes) / total if total else 1.0
+    return First({job.arm: outcome.seconds for job, outcome in zip(jobs, outcomes)}, slowdown)
 
 
-def _seconds(plan: Plan, first: dict[str, float]) -> float:
-    """What the whole takes if no arm is dropped, from the seconds of each arm's first training."""
+def _expected(plan: Plan, first: First, spent: float, budget: float | None) -> float:
+    """How long the whole takes, of which so much is spent: combinations are tried while the budget lasts."""
+    least, most = (spent + _seconds(plan, first, combinations) for combinations in (0, MOST_COMBINED))
+    return most if budget is None else max(least, min(most, budget))
+
+
+def _seconds(plan: Plan, first: First, combinations: int) -> float:
+    """How long all that follows the first round takes, with so many combinations, if no arm is dropped."""
     p = plan.protocol
     longer = {"network": (6 + p.seeds) / (6 + p.tune_seeds)}  # a stack of 20 takes three times as long as one of 2
     each = {
-        arm.name: first[arm.name]
-        * (len(arm.settings) * p.tune_splits + p.partitions * p.folds * longer.get(arm.family, 1.0))
+        arm.name: first.seconds[arm.name]
+        * (len(arm.settings) * p.tune_splits - 1 + p.partitions * p.folds * longer.get(arm.family, 1.0))
         for arm in plan.arms
     }
-    confirming = 2 * max(first.values()) * (6 + p.confirm_seeds) / (6 + p.tune_seeds)
     parts = [each[arm.name] for arm in plan.arms if arm.part and arm.family == "network"]
-    combining = MOST_COMBINED * sum(parts) / len(parts) if len({arm.role for arm in plan.arms if arm.part}) > 1 else 0.0
-    return START + (sum(each.values()) + combining) / cores() + confirming
+    if len({arm.role for arm in plan.arms if arm.part}) < 2:
+        combinations = 0
+    searching = sum(each.values()) + (combinations * sum(parts) / len(parts) if combinations else 0.0)
+    workers = plan.work.workers
+    if searching > WORTH_WORKERS and workers != 0:
+        searching = STARTING + searching / (workers or cores())
+    return first.slowdown * searching + _ending(plan, first)
 
 
-def _within(budget: float, plan: Plan) -> Plan:
-    """The plan, cut down until its estimate fits: fewer partitions, then fewer parts, the worst fitting first."""
-    first, full = _first_round(plan), plan
-    while _seconds(plan, first) > budget:
+def _ending(plan: Plan, first: First) -> float:
+    """How long it takes to confirm, to train the winner and to write the report; and what was imported beforehand."""
+    p, longest = plan.protocol, max(first.seconds.values())
+    confirming = 2 * longest * (6 + p.confirm_seeds) / (6 + p.tune_seeds)
+    return first.slowdown * (IMPORTING + confirming + longest + REPORTING)
+
+
+def _within(plan: Plan, first: First, left: float) -> Plan:
+    """The plan, cut down to the seconds left: fewer partitions, then fewer parts, the worst fitting first.
+
+    Combinations are not reckoned with: they come last, and the clock tells how many are tried.
+    """
+    while _seconds(plan, first, 0) > left:
         parts = [arm for arm in plan.arms if arm.part]
         if plan.protocol.partitions > 1:
             plan = replace(plan, protocol=replace(plan.protocol, partitions=plan.protocol.partitions - 1))
         elif len(parts) > 1:
-            left_out = (parts[-1].part, f"the budget of {budget:g} s leaves no time for it")
+            left_out = (parts[-1].part, "the budget leaves no time for it")
             kept = tuple(arm for arm in plan.arms if arm is not parts[-1])
             plan = replace(plan, arms=kept, skipped=(*plan.skipped, left_out))
         else:
-            note = f"Even the least comparison takes longer than the budget of {budget:g} s."
-            return replace(plan, notes=(*plan.notes, note))
-    if plan.protocol.partitions < full.protocol.partitions:
-        note = (
-            f"To stay within {budget:g} s, {plan.protocol.partitions} of {full.protocol.partitions} partitions are "
-            f"run, with {len(plan.arms)} of {len(full.arms)} arms."
-        )
-        plan = replace(plan, notes=(*plan.notes, note))
+            break
     return plan
+
+
+def _cuts(budget: float, full: Plan, plan: Plan, *, fewer_combined: bool = False) -> tuple[str, ...]:
+    """What the budget left of the full plan, in a sentence where it left less than all."""
+    sizes = [
+        (plan.protocol.partitions, full.protocol.partitions, "partitions"),
+        (len(plan.arms), len(full.arms), "arms"),
+    ]
+    cuts = [f"{size} of {whole} {what}" for size, whole, what in sizes if size < whole]
+    cuts += ["fewer combinations"] if fewer_combined else []
+    return (f"Cut down to {', '.join(cuts)} by the budget of {budget:g} s.",) if cuts else ()
+
+
+def _overrun(budget: float, seconds: float) -> tuple[str, ...]:
+    return (f"Took about {seconds:.0f} s in all, longer than the budget of {budget:g} s.",) if seconds > budget else ()
 
 
 # From scores to the answer
@@ -358,8 +429,7 @@ def _results(plan: Plan, found: Search) -> tuple[ArmResult, ...]:
     baseline, own = _baseline(plan, plain), [arm for arm in plain if arm.family != "linear"]
     leads = {arm.name: _lead(plan, found, arm, baseline) for arm in found.arms if arm is not baseline}
     p = {name: 1.0 if lead is None or name in found.dropped else lead.p for name, lead in leads.items()}
-    registered = sum(" + " in arm.role for arm in found.arms)
-    p |= {f"combination {place} that was not tried": 1.0 for place in range(registered, MOST_COMBINED)}
+    p |= {f"combination {place} that was not tried": 1.0 for place in range(_not_combined(found))}
     p = holm(p)
     dropped = [arm for arm in found.arms if arm.name in found.dropped]
     ranked = found.best(running, sign) + found.best([arm for arm in dropped if found.scores[arm.name]], sign)
@@ -395,6 +465,11 @@ def _results(plan: Plan, found: Search) -> tuple[ArmResult, ...]:
             )
         )
     return tuple(results)
+
+
+def _not_combined(found: Search) -> int:
+    """Combinations that could have been tried and were not; they count in Holm's adjustment."""
+    return MOST_COMBINED - sum(" + " in arm.role for arm in found.arms)
 
 
 def _lead(plan: Plan, found: Search, arm: Arm, other: Arm) -> Estimate | None:

@@ -11,7 +11,8 @@ In the end the best part is stacked with parts of other roles, one by one, as lo
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from math import inf
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,31 @@ from lossary.compare.statistics import over_cells
 from lossary.compare.store import Store, digest
 from lossary.tasks import Seeds, run_all, warm
 
-VERSION = 2  # raised when the same job comes to give other numbers: what older code has stored is then not used
+VERSION = 3  # raised when the same job comes to give other numbers: what older code has stored is then not used
 TASKS = ("fit", "small_cnn", "stacked_mlp")  # all that cells are made of
 RACES = (1, 2)  # after so many partitions hopeless arms are dropped
 MOST_COMBINED = 3  # combinations that are tried
 ALWAYS_KEPT = 2  # leading parts that are never dropped, so that there is a finalist to confirm
 WORTH_WORKERS = 12.0  # seconds of work below which starting other processes costs more than it saves
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When the search has to be over, by a clock.
+
+    It is asked between partitions and between combinations, never within, and goes by their cost: what is finished is
+    whole, and no score decides when to stop.
+    """
+
+    at: float = inf
+    clock: Callable[[], float] = perf_counter
+
+    def leaves(self, seconds: float) -> bool:
+        """Whether there is so much time left."""
+        return self.clock() + seconds <= self.at
+
+
+NO_DEADLINE = Deadline()
 
 Finish = Callable[[Sequence[Job]], list[Outcome]]
 
@@ -87,7 +107,8 @@ class Work:
         for job, outcome in self._run([job for key, job in zip(keys, jobs) if key not in found]):
             key = self.key(job)
             found[key] = {
-                name: getattr(outcome, name) for name in ("scores", "seconds", "parameters", "memory", "error")
+                name: getattr(outcome, name)
+                for name in ("scores", "seconds", "elapsed", "parameters", "memory", "error")
             }
             self.store.write(
                 key, arm=job.arm, kind=job.kind, partition=job.partition, fold=job.fold,
@@ -107,7 +128,7 @@ class Work:
             yield from self._timed(jobs[-1:], 0)
             jobs = jobs[:-1]
         if jobs:
-            few = np.mean(self._seconds[-50:]) * len(jobs) < WORTH_WORKERS
+            few = np.mean(self._seconds[-50:]) * max(len(jobs), self.total - self.done) < WORTH_WORKERS
             yield from self._timed(jobs, 0 if few and self._spread is None else self.workers)
 
     def _timed(self, jobs: list[Job], workers: int | None) -> Iterator[tuple[Job, Outcome]]:
@@ -124,7 +145,10 @@ class Work:
 
 @dataclass
 class Search:
-    """What the search found, by arm: the tuned setting, the score of each cell, and why an arm was dropped."""
+    """What the search found, by arm: the tuned setting, the score of each cell, and why an arm was dropped.
+
+    `partitions` are finished; `cut_short` where the deadline left no time for combinations.
+    """
 
     arms: tuple[Arm, ...]
     setting: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -133,6 +157,8 @@ class Search:
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    partitions: int = 0
+    cut_short: bool = False
 
     def running(self) -> list[Arm]:
         """The arms that are not dropped."""
@@ -161,6 +187,7 @@ def search(
     expect: Callable[[int], None] = lambda n: None,
     *,
     ratio: float | None = None,
+    deadline: Deadline = NO_DEADLINE,
 ) -> Search:
     """Tune every arm, score it cell by cell, drop what is hopeless.
 
@@ -174,46 +201,65 @@ def search(
         finish: gives the outcomes of jobs.
         expect: told how many jobs will have been asked for in all, whenever that changes.
         ratio: rows of a test fold over rows of its training part; None is that of folds of one size.
+        deadline: one partition is run in any case, and as many more as end before it if they take as long as the last.
     """
     ratio = 1 / (protocol.folds - 1) if ratio is None else ratio
-    found, tuning = Search(tuple(arms)), [job for arm in arms for job in tune_jobs(arm, protocol)]
+    found = Search(tuple(arms))
+    # One fold after another, so that an encoded fold serves all.
+    tuning = sorted((job for arm in arms for job in tune_jobs(arm, protocol)), key=lambda job: job.fold)
     cells = protocol.partitions * protocol.folds
     expect(len(tuning) + cells * len(arms) + 2)
     _tune(found, metric, list(zip(tuning, finish(tuning))))
-    for begin, end in _stages(protocol.partitions):
-        running = found.running()
-        jobs = _cell_jobs(found, running, protocol, range(begin, end))
-        left = (protocol.partitions - end) * protocol.folds * len(running)
-        expect(len(tuning) + sum(map(len, found.scores.values())) + len(jobs) + left + 2)
-        _collect(found, list(zip(jobs, finish(jobs))))
-        if end < protocol.partitions:
+    took = 0.0
+    while found.partitions < protocol.partitions and (not found.partitions or deadline.leaves(took)):
+        if found.partitions in RACES:
             _race(found, metric, ratio)
-    combine(found, protocol, metric, finish, expect)
+        began, running = deadline.clock(), found.running()
+        jobs = _cell_jobs(found, running, protocol, range(found.partitions, found.partitions + 1))
+        left = (protocol.partitions - found.partitions) * protocol.folds * len(running)
+        expect(len(tuning) + sum(map(len, found.scores.values())) + left + 2)
+        _collect(found, list(zip(jobs, finish(jobs))))
+        found.partitions, took = found.partitions + 1, deadline.clock() - began
+    combine(found, protocol, metric, finish, expect, deadline=deadline, took=took)
     return found
 
 
 def combine(
-    found: Search, protocol: Protocol, metric: Metric, finish: Finish, expect: Callable[[int], None] = lambda n: None
+    found: Search,
+    protocol: Protocol,
+    metric: Metric,
+    finish: Finish,
+    expect: Callable[[int], None] = lambda n: None,
+    *,
+    deadline: Deadline = NO_DEADLINE,
+    took: float = 0.0,
 ) -> None:
     """Put parts of other roles beside the best one, the better ones first, and keep each that raises the mean score.
 
-    At most `MOST_COMBINED` are tried. A combination is tuned and scored like every other arm, on all cells.
+    At most `MOST_COMBINED` are tried. A combination is tuned and scored like every other arm, on all cells. `took` are
+    the seconds of the last partition, by which a combination is judged to end before the deadline.
     """
     parts = found.best([arm for arm in found.running() if arm.part and arm.family == "network"], metric.sign)
     if not parts:
         return
     best, tried = parts[0], 0
+    all_arms = sum(found.seconds[arm.name] for arm in found.running()) or 1.0
     for other in parts[1:]:
         arm = stack(best, found.setting[best.name], other, found.setting[other.name])
         if arm is None:
             continue
+        share = (found.seconds[best.name] + found.seconds[other.name]) / all_arms  # of a partition's time
+        rounds = found.partitions + len(arm.settings) * protocol.tune_splits / protocol.folds
+        if not deadline.leaves(took * share * rounds):
+            found.cut_short = True
+            return
         found.arms = (*found.arms, arm)
         tuning = tune_jobs(arm, protocol)
         done = sum(len(a.settings) * protocol.tune_splits for a in found.arms) + sum(map(len, found.scores.values()))
-        expect(done + protocol.partitions * protocol.folds + 2)
+        expect(done + found.partitions * protocol.folds + 2)
         _tune(found, metric, list(zip(tuning, finish(tuning))), only=arm)
         if arm.name not in found.dropped:
-            jobs = _cell_jobs(found, [arm], protocol, range(protocol.partitions))
+            jobs = _cell_jobs(found, [arm], protocol, range(found.partitions))
             _collect(found, list(zip(jobs, finish(jobs))))
         if arm.name not in found.dropped and found.best([best, arm], metric.sign)[0] is arm:
             best = arm
@@ -229,12 +275,6 @@ def _cell_jobs(found: Search, arms: Sequence[Arm], protocol: Protocol, partition
         for fold in range(protocol.folds)  # arms beside each other, so that an encoded fold serves them all
         for arm in arms
     ]
-
-
-def _stages(partitions: int) -> list[tuple[int, int]]:
-    """First and last (exclusive) partition of each stage; between stages hopeless arms are dropped."""
-    ends = [end for end in RACES if end < partitions] + [partitions]
-    return list(pairwise([0, *ends]))
 
 
 def _tune(found: Search, metric: Metric, outcomes: list[tuple[Job, Outcome]], *, only: Arm | None = None) -> None:

@@ -52,6 +52,7 @@ class Recipe:
         optimizer: makes one of parameters; its step is handed a closure.
         weighting: called with the values and those of target, group and index that it names, gives weights (S, batch).
         selector: an iterable of positions for each seed.
+        penalty: called with the stack of networks and those of its batch x and y that it names, gives (S,).
         procedure: makes one of model(name) and the loss; it then takes the place of a single network.
     """
 
@@ -59,6 +60,7 @@ class Recipe:
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
     weighting: Callable[..., Tensor] | None = None
     selector: Sequence[Iterable[int]] | None = None
+    penalty: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
     procedure: Callable[[Callable[[str], nn.Module], Loss], Procedure] | None = None
 
 
@@ -164,9 +166,11 @@ def recipe(setting: Setting, fold: Fold, seeds: Seeds, device: str = "cpu") -> R
     for entry in setting.get("parts", ()):
         part, hyper, role = part_of(entry), entry["hyper"], entry["role"]
         if role == "loss":
-            loss = _weighted(stacked_loss(part, {**fill(part, facts), **hyper}, fold, seeds), setting, fold, device)
+            loss = _weighted(stacked_loss(part, hyper, fold, seeds, batch=setting["batch"]), setting, fold, device)
         elif role == "optimizer":
             parts["optimizer"] = _optimizer(part, setting, {**fill(part, facts), **hyper})
+        elif role == "penalty":
+            parts["penalty"] = _penalty(part, {**fill(part, facts), **hyper}, seeds)
         elif role == "procedure":
             parts["procedure"] = partial(_build, part, facts, hyper)
         else:
@@ -198,6 +202,13 @@ def _build(
 ) -> Procedure:
     made: Procedure = part.build(model, loss, facts, **hyper)
     return made
+
+
+def _penalty(part: Any, hyper: Mapping[str, Any], seeds: Seeds) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """A penalty on a whole stack of networks, which it tells apart by the generators that it is handed."""
+    own = {"generator": seeds.torch("penalty")} if "generator" in inspect.signature(part).parameters else {}
+    made = part(**hyper, **own) if isinstance(part, type) else partial(part, **hyper, **own)
+    return lambda model, x, y: made(model, **asked(made, {"x": x, "y": y}))
 
 
 def _product(weightings: Sequence[Any], case: Tensor | None) -> Callable[..., Tensor]:
@@ -270,10 +281,7 @@ class Stack:
 
 def train(setting: Setting, fold: Fold, seeds: Seeds, device: str = "cpu") -> tuple[nn.Module, tuple[float, float]]:
     """A trained stack of networks, and the mean and deviation by which a real target was standardised."""
-    centre, scale = (0.0, 1.0) if fold.classes else (float(fold.y.mean()), float(fold.y.std()) or 1.0)
-    y = torch.from_numpy(fold.y if fold.classes else (fold.y - centre) / scale)
-    if fold.several or not fold.classes:
-        y = y.float()
+    y, centre, scale = targets(fold)
     x, own = torch.from_numpy(fold.x), setting.get("model", "mlp")
     if own != "mlp":
         x = x.unflatten(1, _shape(fold))
@@ -294,11 +302,21 @@ def train(setting: Setting, fold: Fold, seeds: Seeds, device: str = "cpu") -> tu
             fit(
                 trained, x, y, loss=made.loss, seeds=seeds, steps=setting["steps"], batch=setting["batch"],
                 optimizer=made.optimizer, group=group, weighting=made.weighting, selector=made.selector,
+                penalty=made.penalty,
             )  # fmt: skip
         else:
             trained = made.procedure(model, made.loss).to(device)
             _in_turns(trained, x, y, made.optimizer, seeds, setting["steps"], setting["batch"])
     return trained, (centre, scale)
+
+
+def targets(fold: Fold) -> tuple[Tensor, float, float]:
+    """What a network is trained on: a real target standardised, and by which mean and deviation; otherwise 0 and 1."""
+    if fold.classes:
+        y = torch.from_numpy(fold.y)
+        return y.float() if fold.several else y, 0.0, 1.0
+    centre, scale = float(fold.y.mean()), float(fold.y.std()) or 1.0
+    return torch.from_numpy((fold.y - centre) / scale).float(), centre, scale
 
 
 def _shape(fold: Fold) -> tuple[int, ...]:
@@ -396,16 +414,27 @@ def _balance(setting: Setting, fold: Fold, device: str) -> Tensor | None:
     return torch.tensor(np.maximum(len(fold.y) - held, 1) / held, dtype=torch.float32, device=device)
 
 
-def stacked_loss(part: Any, hyper: Mapping[str, Any], fold: Fold, seeds: Seeds) -> Loss:
-    """The loss for a whole stack: as it is where it broadcasts, otherwise a copy for each seed."""
-    generators = seeds.torch("loss")
+def maker(part: Any) -> Any:
+    """What sets a part up from data: its `build`, where it has one."""
+    return getattr(part, "build", part)
+
+
+def stacked_loss(part: Any, hyper: Mapping[str, Any], fold: Fold, seeds: Seeds, *, batch: int) -> Loss:
+    """The loss for a whole stack, its arguments filled: as it is where it broadcasts, otherwise a copy for each seed.
+
+    One that asks for `labels` gets those of the training rows as it will meet them, `batch_size` says how many at once.
+    """
+    one, generators = maker(part), seeds.torch("loss")
+    named, labels = inspect.signature(one).parameters, targets(fold)[0]
+    bound = {**fill(one, fold.facts()), **hyper}
 
     def make(s: int) -> Any:
-        own = {"generator": generators[s]} if "generator" in inspect.signature(part).parameters else {}
-        return part(**hyper, **own) if isinstance(part, type) else partial(part, **hyper, **own)
+        offered = {"generator": generators[s], "labels": labels, "batch_size": batch}
+        own = {name: offered[name] for name in offered if name in named}
+        return one(**bound, **own) if isinstance(part, type) else partial(part, **bound, **own)
 
     coupled = isinstance(part, type) or mark_of(part).options["couples"]
-    values: Loss = per_seed(make, seeds) if coupled else partial(part, **hyper)
+    values: Loss = per_seed(make, seeds) if coupled else partial(part, **bound)
     if fold.classes:
         return values
     return lambda output, target: values(output.squeeze(-1), target)

@@ -23,7 +23,7 @@ from lossary.compare.encode import MOST_LEVELS
 from lossary.compare.load import MISSING
 from lossary.compare.problem import Problem, lock
 from lossary.compare.result import ArmResult, Comparison, winning
-from lossary.compare.training import part_of
+from lossary.compare.training import maker, part_of
 from lossary.errors import BadInput
 from lossary.roles import mark_of
 from lossary.tasks import Seeds
@@ -97,8 +97,7 @@ def is_plain(arm: ArmResult, problem: Problem, metric: str) -> bool:
         or (arm.family == "boosting" and roles)
         or ("procedure" in roles and len(roles) > 1)
     )
-    whole = not any("rows were read" in note for note in problem.notes)
-    return bool(usual and alone and readable and not own and whole)
+    return bool(usual and alone and readable and not own and not problem.partial)
 
 
 def script(comparison: Comparison, problem: Problem, *, seed: int = 0) -> str:
@@ -228,6 +227,7 @@ def _network(setting: Mapping[str, Any], problem: Problem, label_noise: float | 
         "plain": plain.format(target="target"),
         "values": plain.format(target="y[rows]"),
         "weights": [],
+        "penalty": "",
         "made": {},
         "facts": "",
         "optimizer": _call(
@@ -248,13 +248,16 @@ def _put_in(
 ) -> None:
     """An entry of a setting's parts: how it is made, and where it takes the place of what is plain."""
     part, role = part_of(entry), entry["role"]
-    parameters, asked = _asked(part), _asked(getattr(part, "forward", part))
+    make = part if role == "procedure" else maker(part)
+    parameters, asked = _asked(make), _asked(getattr(part, "forward", part))
     bound = {name: facts[name] for name in parameters if name in facts}
     if "epochs" in parameters:
         bound["epochs"] = Code("math.ceil(STEPS * BATCH / len(x))")
         body["needed"].add("math")
-    if "labels" in parameters and role in ("weighting", "selector"):
+    if "labels" in parameters and role in ("loss", "weighting", "selector"):
         bound["labels"] = Code("y")
+    if "batch_size" in parameters:
+        bound["batch_size"] = Code("BATCH")
     if "generator" in parameters:
         bound["generator"] = Code(f"torch.Generator().manual_seed({role.upper()})")
     bound |= entry["hyper"]
@@ -262,14 +265,17 @@ def _put_in(
     tensors = {name: code for name, code in tensors.items() if name in asked}
     body["grouped"] |= "group" in tensors or "num_groups" in bound
     name = part.__name__
-    if isinstance(part, type) and role in ("loss", "weighting", "selector"):
+    if isinstance(part, type) and role in ("loss", "weighting", "selector", "penalty"):
         title = {"loss": "criterion"}.get(role, role)
-        body["made"][title], bound, name = _call(name, **bound), {}, title
+        body["made"][title], bound, name = _call(name if make is part else f"{name}.build", **bound), {}, title
     if role == "loss":
         del tensors["target"]
         body["values"] = _call(name, Code("output"), Code("y[rows]"), **tensors, **bound)
     elif role == "weighting" or (role == "selector" and mark_of(part).options["weighs"]):
         body["weights"].append(_call(name, Code("values.detach()"), **tensors, **bound))
+    elif role == "penalty":
+        batch = {name: code for name, code in (("x", Code("x[rows]")), ("y", Code("y[rows]"))) if name in asked}
+        body["penalty"] = _call(name, Code("model"), **batch, **bound)
     elif role == "optimizer":
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         base = {"base": Code("torch.optim.AdamW")} if "base" in parameters else {}
@@ -391,7 +397,10 @@ def _from_file(problem: Problem) -> tuple[pd.DataFrame, list[str]]:
     lines = [f"table = {_call('pd.read_csv', path, **odd, **usual, low_memory=False)}"]
     if strays:
         every = _literal(strays)
-        lines.append(f'table[{every}] = table[{every}].apply(pd.to_numeric, errors="coerce")')
+        if "decimal" in odd:  # which pandas lets be in a column that holds words too
+            lines.append(rf'points = table[{every}].replace(r"^\s*([+-]?\d+),(\d+)\s*$", r"\1.\2", regex=True)')
+        numbered = "points" if "decimal" in odd else f"table[{every}]"
+        lines.append(f'table[{every}] = {numbered}.apply(pd.to_numeric, errors="coerce")')
     words = [c for c in needed if c not in strays and table[c].dtype == object]
     if any(
         (table[column].dropna().astype(str) != table[column].dropna().astype(str).str.strip()).any() for column in words

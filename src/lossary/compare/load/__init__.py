@@ -22,7 +22,7 @@ from lossary.compare.load import target as targets
 from lossary.compare.load.limits import MISSING as MISSING
 from lossary.compare.load.table import Table, is_text
 from lossary.compare.load.words import count, listed, quote, suggest
-from lossary.compare.problem import Problem
+from lossary.compare.problem import LARGE, Problem
 from lossary.errors import BadInput
 
 
@@ -225,11 +225,13 @@ def _problem(
     tested: NDArray[np.bool_],
     notes: list[str],
 ) -> Problem:
-    """The rows that have a target; `tested` are those of the test."""
+    """The rows that have a target, without `surplus` copies; `tested` are those of the test."""
     where, known, has_test = repr(table.source), targets.known(table, names), bool(tested.any())
+    partial = len(table) - int(tested.sum()) < table.total
     if not known.all():
         notes.append(f"{count(int((~known).sum()), 'row')} left out because the target is missing.")
         table, tested = table.take(known).cleaned(_kept(parts)), tested[known]
+    before = [*notes]
     train, held = int((~tested).sum()), int(tested.sum())
     if train < limits.FEWEST_ROWS:
         raise BadInput(
@@ -262,8 +264,21 @@ def _problem(
         weight=weight,
         ids=ids,
         test=np.flatnonzero(tested) if has_test else None,
+        partial=partial,
     )
-    return replace(problem, notes=(*notes, *_repeats(problem)))
+    repeats = _repeats(problem)
+    if not len(problem.surplus):
+        return replace(problem, notes=(*notes, *repeats, *_late(problem)))
+    left_out, once = count(len(problem.surplus), "copy"), np.setdiff1d(np.arange(len(table)), problem.surplus)
+    before.append(
+        f"{left_out} of other rows left out: a model that has seen one knows the others, and keeping them together "
+        f"would tie more than {LARGE:.0%} of the table{'' if group is None else ' by its groups'}. One of each is "
+        "kept, drawn at random with a fixed seed."
+    )
+    try:
+        return _problem(table.take(once), names, parts, task, tested[once], before)
+    except BadInput as error:
+        raise BadInput(f"without {left_out} of other rows, {error}") from None
 
 
 def _features(table: Table, target: NDArray[Any], notes: list[str]) -> tuple[pd.DataFrame, tuple[int, ...]]:
@@ -308,12 +323,8 @@ def _repeats(problem: Problem) -> list[str]:
         notes.append(f"{count(exact, 'row')} the same as an earlier one.")
     if same > exact and problem.task != "real":
         notes.append(f"{count(same - exact, 'row')} with the features of an earlier one but another class.")
-    if same and problem.coarse:
-        notes.append("Equal rows are the rule here, and classes differ among them: splits part them freely.")
-    elif same:
-        notes.append("Splits keep rows with equal features together.")
     if problem.test is None:
-        return notes
+        return [*notes, problem.repeats] if same else notes
     beside, leaked = len(problem) - len(problem.test), len(problem.leaked)
     if beside == len(problem.test) and np.array_equal(found[:beside], found[beside:]):
         raise BadInput("--test: holds the very rows to learn from; name a file of other rows")
@@ -325,5 +336,28 @@ def _repeats(problem: Problem) -> list[str]:
             f"--test: {beside - leaked} rows are left to learn from beside copies of test rows and their groups, at "
             f"least {limits.FEWEST_ROWS} are needed; name a file of other rows"
         )
+    if same:
+        notes.append(problem.rows(problem.searchable).repeats)
+    shared = int(np.isin(problem.patterns[problem.test], problem.patterns[problem.searchable]).sum())
+    if shared:
+        notes.append(
+            f"{count(shared, 'test row')} equal to one to learn from, as columns this coarse make rows equal by "
+            "chance, which flatters what only remembers rows."
+        )
     notes.append(f"{len(problem.test):,} test rows are kept for the confirmation.")
     return notes
+
+
+def _late(problem: Problem) -> list[str]:
+    """A note on rows that are dealt as later than they are."""
+    if problem.time is None:
+        return []
+    rows = problem if problem.test is None else problem.rows(problem.searchable)
+    later = int((pd.Series(rows.time).groupby(rows.units).transform("max") > rows.time).sum())
+    if not later:
+        return []
+    whose = "copies" if problem.group is None else "group or copies"
+    return [
+        f"{count(later, 'row')} dealt by the latest time of their {whose}, which stay whole: models may be tested on "
+        "some that are earlier than rows they learned from."
+    ]

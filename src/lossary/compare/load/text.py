@@ -6,6 +6,8 @@ import io
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import numpy as np
 import pandas as pd
 
 from lossary.compare.load import limits
-from lossary.compare.load.table import Table, in_part, is_text, table
+from lossary.compare.load.table import Table, in_part, is_text, mixed, strays, table
 from lossary.compare.load.words import count, is_number, quote
 from lossary.errors import BadInput
 
 CHUNK = 2**20
+LINES_TRIED = 20  # below the header, to find out what separates fields
+COMMA = r"\s*[+-]?\d+,\d+\s*"  # a number with a decimal comma
 
 
 def read(path: Path, *, words: Collection[str] = ()) -> Table:
@@ -26,40 +30,95 @@ def read(path: Path, *, words: Collection[str] = ()) -> Table:
     Args:
         words: columns that are text even where all of it is numbers.
     """
-    where, notes = repr(str(path)), []
+    cut = _cut(path)
+    notes = [] if cut.separator == cut.usual else [f"The columns are separated by {quote(cut.separator)}."]
+    if all(is_number(name) for name in cut.names):
+        notes.append("The header line holds only numbers: if the file has no header, add one.")
+    kept_as_text = {name: str for name in cut.names if name in words}
+    frame = _parse(cut, kept_as_text)
+    if cut.separator != "," and any(_comma_decimals(frame[name]) for name in frame):
+        frame = _parse(cut, kept_as_text, decimal=",")
+        for name in [name for name in frame if name not in words and is_text(frame[name])]:
+            thousands = frame[name].str.contains(".", regex=False) & ~strays(frame[name])  # such as 1.000, maybe
+            point = pointed(frame[name])
+            frame[name] = point if mixed(point) and not thousands.any() else frame[name]
+        notes.append("Numbers are written with a decimal comma.")
+    notes += in_part(len(cut.rows), cut.total)
+    return table(path.stem, str(path), frame, rows=np.array(cut.rows), total=cut.total, notes=tuple(notes))
+
+
+def read_words(path: Path) -> tuple[pd.DataFrame, str]:
+    """Every field of a delimited text file as it is written, and what separates them.
+
+    Raises:
+        BadInput: it cannot be read, or is too large to be read whole.
+    """
+    cut = _cut(path)
+    if len(cut.rows) < cut.total:
+        raise BadInput(f"{str(path)!r}: {cut.total:,} rows are too many to be read whole; leave out what is not needed")
+    return _parse(cut, str, missing=()), cut.separator
+
+
+def pointed(text: pd.Series) -> pd.Series:
+    """Numbers with a decimal comma written with a point; all else as it is."""
+    return text.where(~text.astype(str).str.fullmatch(COMMA), text.astype(str).str.replace(",", "."))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A file whose lines were counted and cut into fields.
+
+    Attributes:
+        names: of the columns.
+        separator, usual: what stands between fields, and what would be expected there.
+        clean: header and rows that were kept, as clean CSV.
+        rows: the number of each row that was kept, from 0.
+        total: how many rows there are.
+    """
+
+    names: list[str]
+    separator: str
+    usual: str
+    clean: io.BytesIO
+    rows: list[int]
+    total: int
+
+
+def _cut(path: Path) -> _Cut:
+    where = repr(str(path))
     _check(path)
     usual = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
+    separator = _separator(path, usual)
     try:
         with _opened(path) as lines:
-            header = next(_records(lines, usual), (1, []))[1]
-        separator = usual
-        if len(header) == 1:
-            separator = next((mark for mark in "\t,;|" if mark in header[0]), usual)
-        if separator != usual:
-            notes.append(f"The columns are separated by {quote(separator)}.")
-        with _opened(path) as lines:
-            header, chosen, clean, total = _sample(lines, separator, where)
+            header, rows, clean, total = _sample(lines, separator, where)
     except csv.Error as error:
         raise BadInput(f"{where}, {error}; mend the quotes around that field") from None
-
     twice = next((name for name, times in Counter(header).items() if times > 1), None)
     if twice is not None:
         places = " and ".join(str(place + 1) for place, name in enumerate(header) if name == twice)
         raise BadInput(f"{where}: columns {places} are both named {quote(twice)}; rename one in the header line")
     if not total:
         raise BadInput(f"{where}: a header line but no rows; add the data below it")
-    if all(is_number(name) for name in header):
-        notes.append("The header line holds only numbers: if the file has no header, add one.")
-
     names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
-    kept_as_text = {name: str for name in names if name in words}
-    frame = _parse(clean, ".", kept_as_text)
-    if separator != "," and any(_comma_decimals(frame[name]) for name in frame):
-        frame = _parse(clean, ",", kept_as_text)
-        notes.append("Numbers are written with a decimal comma.")
-    frame.columns = names
-    notes += in_part(len(chosen), total)
-    return table(path.stem, str(path), frame, rows=np.array(chosen), total=total, notes=tuple(notes))
+    return _Cut(names, separator, usual, clean, rows, total)
+
+
+def _separator(path: Path, usual: str) -> str:
+    """The mark that cuts the header into the most fields, of those by which most of the next lines have as many.
+
+    Where there is none it is the usual one if the header holds it, otherwise the first other one that it holds.
+    """
+    found: dict[str, list[int]] = {}
+    for mark in (usual, *(mark for mark in ",\t;|" if mark != usual)):
+        found[mark] = fields = []
+        with _opened(path) as lines, suppress(csv.Error):  # quotes may make no sense with this mark
+            fields.extend(len(record) for _, record in islice(_records(lines, mark), 1 + LINES_TRIED))
+    held = {mark: fields for mark, fields in found.items() if fields and fields[0] > 1}
+    fits = [
+        mark for mark, (first, *others) in held.items() if 2 * sum(fields == first for fields in others) > len(others)
+    ]
+    return max(fits, key=lambda mark: held[mark][0]) if fits else next(iter(held), usual)
 
 
 def _check(path: Path) -> None:
@@ -156,7 +215,8 @@ def _sample(lines: Iterator[str], separator: str, where: str) -> tuple[list[str]
     for line, fields, text in rows:
         if fields != len(header):
             raise BadInput(
-                f"{where}, line {line}: {count(fields, 'field')} where the header has {len(header)}; mend that line"
+                f"{where}, line {line}: {count(fields, 'field')} where the header has {len(header)}, with "
+                f"{quote(separator)} between them; mend that line"
             )
         if rate == 1 or rng.random() < rate:
             kept.append((total, text))
@@ -174,21 +234,24 @@ def _sample(lines: Iterator[str], separator: str, where: str) -> tuple[list[str]
     return header, [number for number, _ in kept], clean, total
 
 
-def _parse(clean: io.BytesIO, decimal: str, words: dict[str, type]) -> pd.DataFrame:
+def _parse(
+    cut: _Cut, kinds: dict[str, type] | type, *, decimal: str = ".", missing: Collection[str] = limits.MISSING
+) -> pd.DataFrame:
     """Types, by pandas, of fields that are cut already: on odd line ends and quotes it may cut them otherwise."""
-    clean.seek(0)
-    return pd.read_csv(
-        clean,
+    cut.clean.seek(0)
+    frame = pd.read_csv(
+        cut.clean,
         decimal=decimal,
-        dtype=words,
+        dtype=kinds,
         index_col=False,
         keep_default_na=False,
-        na_values=list(limits.MISSING),
+        na_values=list(missing),
         low_memory=False,
     )
+    return frame.set_axis(cut.names, axis=1)
 
 
 def _comma_decimals(text: pd.Series) -> bool:
     if not is_text(text) or text.isna().all():
         return False
-    return text.dropna().astype(str).str.fullmatch(r"\s*[+-]?\d+,\d+\s*").mean() >= limits.NUMERIC
+    return text.dropna().astype(str).str.fullmatch(COMMA).mean() >= limits.NUMERIC

@@ -55,8 +55,8 @@ class Profile:
     notes: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
-        """The fields that fill a part's hyper-parameters by name (`vocabulary.fill`)."""
-        return {name: getattr(self, name) for name in PROFILE_FIELDS}
+        """The fields that fill a part's hyper-parameters by name (`vocabulary.fill`), None where they do not apply."""
+        return {name: None if (value := getattr(self, name)) == () else value for name in PROFILE_FIELDS}
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def copies(seen: Seen) -> Measure:
         method=f"Count of equal rows, Wilson interval; raised above {COPIES:.0%}, unless more than "
         f"{1 - AGREE:.0%} of the rows that follow one of the same columns differ from it in their target",
         p=p if agree >= AGREE * alike else 1.0,
-        alarm=f"{said}Copies cost time and teach nothing new; parted by a split they would flatter every score, so "
-        "splits keep them together.",
+        alarm=f"{said}Copies cost time and teach nothing new, and where a split parts them they flatter every score. "
+        f"{problem.repeats}",
         calm=f"{said}Too few to matter, or such as coarse columns bring about by chance."
         if exact
         else f"{said}Nothing to remove.",
