@@ -32,6 +32,7 @@ from lossary.tasks import (
     generated,
     ring_denoiser,
     ring_distance,
+    sheet,
     sliced_wasserstein,
     stacked_denoiser,
     trained,
@@ -264,3 +265,11 @@ def test_a_student_of_digits_knows_them_and_their_classes():
     assert given < 0.9 * without
     assert without < 0.75 * (x - x.mean(1)).square().mean()
     assert again == given
+
+
+def test_a_sheet_has_pictures_in_rows():
+    x = torch.linspace(-1, 1, 7)[:, None, None, None].expand(-1, 1, 2, 3)
+    shown = sheet(x, columns=5)
+    assert shown.shape == (4, 15)
+    assert shown[0, ::3].tolist() == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6])
+    assert shown[3, ::3].tolist() == pytest.approx([5 / 6, 1, 0, 0, 0])

@@ -243,7 +243,8 @@ def _covariance(points: Tensor) -> Tensor:
 
 
 def sheet(x: Tensor, *, columns: int = 5) -> NDArray[np.float32]:
-    """Pictures (N, 1, H, W) from -1 to 1 side by side, (N / columns H, columns W) from 0 to 1: for `draw`."""
-    rows = x.view(-1, columns, *x.shape[-2:]).transpose(1, 2)
+    """Pictures (N, 1, H, W) from -1 to 1 in rows, (ceil(N / columns) H, columns W) from 0 to 1: for `draw`."""
+    blank = x.new_full((-len(x) % columns, *x.shape[1:]), -1.0)
+    rows = torch.cat([x, blank]).view(-1, columns, *x.shape[-2:]).transpose(1, 2)
     found: NDArray[np.float32] = (rows.flatten(2).flatten(0, 1) / 2 + 0.5).clamp(0, 1).numpy()
     return found
