@@ -8,6 +8,8 @@ these claims are about what the paper adds to a centre detector, and about doing
 The rates of training were chosen on a development seed by the network without corners alone. Pictures of two scenes of
 seed 0 were seen after the claims had been written.
 All arms keep the best 50 boxes of an image, whatever their scores, as the warped ones have another scale.
+
+The slowest claim took 29 minutes of a busy core: a detector of boxes in 3-D is trained for each seed and setting.
 """
 
 from collections.abc import Callable

@@ -3,6 +3,8 @@
 The features of a trained detector's first three convolutions are frozen; a transformer is trained on them. Both arms
 draw the same scenes, initial weights and batches, and two learning rates. The runs are kept while the process lives,
 since the claims share them.
+
+The slowest claim took 15 minutes of a busy core: a transformer detector is trained for each seed and setting.
 """
 
 from functools import cache

@@ -2,6 +2,8 @@
 
 Crowds of up to twenty blobs of different size and brightness, half of them in a cluster. The network is a convolution
 of 12x12 pixels with a stride of 4, then one of 1x1, softplus at its end: a density of 8x8 cells.
+
+The slowest claim took 6 minutes of a busy core: a counting network is trained for each seed and setting.
 """
 
 from collections.abc import Callable

@@ -2,6 +2,8 @@
 
 Ribbons are strips bent along a sine. Real outlines come from photographs that scikit-image ships: the letters of a
 printed page and of a formula, coins, a horse; the truth is the thresholded photograph's own outline.
+
+The slowest claim took 7 minutes of a busy core: a detector is trained for each seed and setting.
 """
 
 from functools import cache, partial
