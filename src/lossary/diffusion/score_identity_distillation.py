@@ -26,6 +26,7 @@ PAPER = Paper(
     departs=(
         "the fake network is trained at the levels at which scores are compared, not at log-normal ones of its own",
         "the moving average of the generator is the caller's, e.g. `torch.optim.swa_utils.AveragedModel`",
+        "errors of the fake network count 1 + 1 / sigma^2, which is EDM's weight for data of unit deviation",
         "samples with NaN are not dropped",
     ),
     equation=(
