@@ -42,13 +42,14 @@ def alive(session: int) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # on a busy machine
 def test_killed_at_random_moments_it_ends_like_a_run_left_alone(found, table, tmp_path):  # noqa: F811
     rng, out, kept = np.random.default_rng(0), tmp_path / "out", {}
     command = [sys.executable, program(tmp_path, vars(TINY)), table, out, ",".join(ARMS)]
     kills = 3
     for _ in range(kills):
         running = subprocess.Popen(command, start_new_session=True)
-        more, until = int(rng.integers(1, 9)), time.monotonic() + 90
+        more, until = int(rng.integers(1, 9)), time.monotonic() + 250
         try:
             while len(committed(out / "cells.sqlite")) < len(kept) + more and time.monotonic() < until:
                 assert running.poll() is None, "ended before it could be killed"
