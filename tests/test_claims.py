@@ -2,7 +2,7 @@
 
 import pytest
 
-from lossary import catalogue
+from lossary import audit, catalogue
 from lossary.claims import runner
 from lossary.verdict import threshold
 
@@ -24,3 +24,12 @@ def test_the_registration_is_complete(paper_id, name):
     threshold(claim.kind, claim.metric, **runner.registration(claim))
     assert claim.scale
     assert claim.says
+
+
+def test_every_room_has_its_planted_effect_and_its_control():
+    assert list(audit._controls(catalogue.entries())) == []
+    one = catalogue.entry("polyloss")
+    without = {**one, "claims": [claim for claim in one["claims"] if claim.get("control") != "A/A"]}
+    (finding,) = audit._controls([without])
+    assert (finding["id"], finding["room"]) == ("*", "losses")
+    assert "'A/A'" in finding["finding"]

@@ -3,7 +3,7 @@
 import ast
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ def audit(room: str | None = None) -> list[Finding]:
     """All findings, by paper. In an installed wheel, tests and history are absent and their checks are skipped."""
     papers = [paper for paper in catalogue.entries() if room in (None, paper["room"])]
     found = [{"id": paper["id"], "room": paper["room"], "finding": text} for paper in papers for text in _paper(paper)]
-    controls = {(paper["room"], claim.get("control")) for paper in papers for claim in paper["claims"]}
-    return found + [
-        {"id": "*", "room": name, "finding": f"no claim of the room has control={kind!r}"}
-        for name in sorted({paper["room"] for paper in papers})
-        for kind in ("planted", "A/A")
-        if (name, kind) not in controls
-    ]
+    return [*found, *_controls(papers)]
+
+
+def _controls(papers: Sequence[Entry]) -> Iterator[Finding]:
+    """Rooms without an effect that must be found, or without two equal arms that must not differ."""
+    held = {(paper["room"], claim.get("control")) for paper in papers for claim in paper["claims"]}
+    for name in sorted({paper["room"] for paper in papers}):
+        for kind in ("planted", "A/A"):
+            if (name, kind) not in held:
+                yield {"id": "*", "room": name, "finding": f"no claim of the room has control={kind!r}"}
 
 
 def _paper(paper: Entry) -> Iterator[str]:

@@ -26,6 +26,7 @@ from lossary.compare.training import (
     part_of,
     stacked_loss,
     stacked_weighting,
+    standard,
     values,
 )
 from lossary.tasks import Seeds
@@ -64,7 +65,7 @@ def _with_parts(
 ) -> Callable[[NDArray[np.float32]], NDArray[Any]]:
     objective = Objective(setting, fold)
     if not fold.classes:
-        centre, scale = fold.y.mean(), fold.y.std() or 1.0
+        centre, scale = standard(fold)
         model = LGBMRegressor(objective=objective, **options).fit(fold.x, (fold.y - centre) / scale)
         return partial(_scaled, model.booster_, centre, scale)
     start = np.log(np.maximum(fold.counts, 1) / len(fold.y))
@@ -99,7 +100,10 @@ class Objective:
 
     def __init__(self, setting: Mapping[str, Any], fold: Fold) -> None:
         self.classes = fold.classes
-        y = fold.y if fold.classes else (fold.y - fold.y.mean()) / (fold.y.std() or 1.0)
+        y = fold.y
+        if not fold.classes:
+            centre, scale = standard(fold)
+            y = (y - centre) / scale
         self.target = torch.from_numpy(np.asarray(y))
         self.group = None if fold.group is None else torch.from_numpy(fold.group)[None]
         self.loss: Any = self._plain

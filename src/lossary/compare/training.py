@@ -315,8 +315,13 @@ def targets(fold: Fold) -> tuple[Tensor, float, float]:
     if fold.classes:
         y = torch.from_numpy(fold.y)
         return y.float() if fold.several else y, 0.0, 1.0
-    centre, scale = float(fold.y.mean()), float(fold.y.std()) or 1.0
+    centre, scale = standard(fold)
     return torch.from_numpy((fold.y - centre) / scale).float(), centre, scale
+
+
+def standard(fold: Fold) -> tuple[float, float]:
+    """Mean and deviation, by which a real target is standardised; a constant one has deviation 1."""
+    return float(fold.y.mean()), float(fold.y.std()) or 1.0
 
 
 def _shape(fold: Fold) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from lossary.diffusion._denoiser import Denoise, Denoiser, denoising_error
 from lossary.diffusion._distil import ScoreDistillation
 from lossary.diffusion._mixture import Mixture, ring
+from lossary.diffusion._noise import noise
 from lossary.diffusion._process import Process, cosine, over
 from lossary.roles.procedure import Procedure, advance
 from lossary.tasks import task
@@ -220,9 +221,9 @@ class Tally:
 @task(version=1)
 def generated(generate: Callable[[Tensor], Tensor], seeds: Seeds, *, dimension: int = 2) -> Tensor:
     """What a generator makes of standard normals (S, 2000, dimension), 16 in a smoke run, of stream "latent"."""
-    n = seeds.few(2000, smoke=16)
+    latent = noise((len(seeds), seeds.few(2000, smoke=16), dimension), seeds.torch("latent"))
     with torch.no_grad():
-        return generate(torch.stack([torch.randn(n, dimension, generator=g) for g in seeds.torch("latent")]))
+        return generate(latent)
 
 
 @task(version=1)
