@@ -50,6 +50,8 @@ def test_huge_logits_stay_finite():
     huge = torch.tensor([[1e4, -1e4, 0.0]])
     assert max_softmax(huge).item() == -1
     assert energy(huge).item() == -1e4
+    large = (60 * logits).float()
+    torch.testing.assert_close(max_softmax(large).double(), max_softmax(large.double()), rtol=1e-6, atol=0.0)
 
 
 def test_neighbours_do_not_depend_on_the_cut(monkeypatch):
@@ -69,6 +71,21 @@ def test_virtual_logit_worked_by_hand():
     torch.testing.assert_close(got, torch.tensor([20 * 0.3 - math.log(2)]))
     with pytest.raises(ValueError, match=r"dimension: .* no variance outside .* 2 dimensions"):
         VirtualLogit.of(train[:4], weight, torch.zeros(2), dimension=2)
+
+
+def test_virtual_logit_keeps_its_digits_in_single_precision():
+    """Where variances fall as 1 / k^2 and the mean is not 0; a fit in single precision is off by a tenth and more."""
+    g = torch.Generator().manual_seed(0)
+    size, kept = 256, 32
+    spread = 1 / torch.arange(1, size + 1, dtype=torch.float64)
+    spread[kept:] /= 2
+    axes = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64)).Q
+    rows = (torch.randn(2000, size, generator=g, dtype=torch.float64) * spread) @ axes + 1
+    weight = torch.randn(5, size, generator=g, dtype=torch.float64) / 16
+    bias = torch.randn(5, generator=g, dtype=torch.float64)
+    exact = VirtualLogit.of(rows, weight, bias, dimension=kept).anomaly_score(rows)
+    single = VirtualLogit.of(rows.float(), weight.float(), bias.float(), dimension=kept).anomaly_score(rows.float())
+    assert (single - exact).abs().max() < 1e-4 * exact.abs().max()
 
 
 def test_refusals_name_the_argument():

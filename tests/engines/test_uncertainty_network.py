@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lossary.uncertainty._network import _batches, generator, perceptron, train
+from lossary.uncertainty._network import _batches, generator, perceptron, standard, train
 
 
 def test_weights_are_uniform_as_torch_draws_them_and_come_from_the_generator():
@@ -51,3 +51,11 @@ def test_a_random_state_is_a_number_or_scikit_learns():
     for wrong in (None, 0.5, "one"):
         with pytest.raises(ValueError, match="random_state: expected a whole number or a RandomState, got"):
             generator(wrong)
+
+
+def test_columns_get_mean_0_and_deviation_1_and_constant_ones_stay():
+    table = np.column_stack([[1.0, 3.0, 5.0], [0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [1e-20, 3e-20, 5e-20]])
+    assert table[:, 1].std() > 0  # by rounding
+    centre, scale = standard(table)
+    np.testing.assert_allclose(centre, [3.0, 0.1, 0.0, 3e-20])
+    np.testing.assert_allclose(scale, [np.sqrt(8 / 3), 1.0, 1.0, np.sqrt(8 / 3) * 1e-20])

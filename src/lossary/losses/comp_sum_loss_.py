@@ -8,14 +8,12 @@ the same up to tau = 1 and weakens by num_classes^(tau - 1) beyond. On clean lab
 form, for inputs under attack, adds how far an attack shifts the margins.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from lossary import require
+from lossary.losses._modes import evaluating
 from lossary.losses._softmax import log_prob
 from lossary.paper import Paper
 from lossary.roles import loss, perturbation
@@ -151,7 +149,7 @@ def margin_shift_attack(
     step_size = epsilon / 4 if step_size is None else step_size
     require.number("step_size", step_size, at_least=0.0)
     x = x.detach()
-    with _evaluating(model):
+    with evaluating(model):
         with torch.no_grad():
             before = model(x)
         require.integers("y", y, shape=before.shape[:-1])
@@ -269,15 +267,3 @@ def _fixed_tau(tau: float) -> None:
     if isinstance(tau, Tensor):
         raise ValueError("tau: expected a number, got a tensor")
     require.number("tau", tau, at_least=0.0)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; on leaving, each of its modules in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -2,9 +2,10 @@
 
 Features come from a network in one pass: `FeatureTap(model, layers)` collects chosen layers and the logits, and every
 detector works on what it gives, arrays or tensors. The engines beneath: `_gaussian` (class means, the covariance that
-classes share, whitening; moments of batches add up exactly), `_subspace` (principal axes of the covariance between
-classes or of all), `_baselines` (largest softmax and logit, energy, nearest neighbours, ViM). Higher scores mean more
-unusual; a threshold is yours to set, on data of your own.
+classes share, whitening), `_subspace` (principal axes of the covariance between classes or of all), `_baselines`
+(largest softmax and logit, energy, nearest neighbours, ViM). `moments` of features are taken once, batch by batch if
+you like, for `merge` adds them up exactly, and `MahalanobisDetector`, `WDiscOOD` and `NECO` learn from the same ones by
+`fit_moments`. Higher scores mean more unusual; a threshold is yours to set, on data of your own.
 
 | Your trouble | Try first | Then |
 |---|---|---|
@@ -26,4 +27,10 @@ constant far away, and its drift makes choices by predicted reward cautious.
 
 from lossary.catalogue import lazy_room
 
-__getattr__, __dir__ = lazy_room(__name__, {"FeatureTap": "lossary.ood._features"})
+__getattr__, __dir__ = lazy_room(
+    __name__,
+    {
+        "FeatureTap": "lossary.ood._features",
+        **dict.fromkeys(("Moments", "merge", "moments"), "lossary.ood._gaussian"),
+    },
+)

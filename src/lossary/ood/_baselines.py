@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lossary import require
-from lossary.ood._gaussian import moments
+from lossary.ood._gaussian import ROWS, moments
 from lossary.ood._subspace import principal_axes, total
 
 CHUNK = 2**24
@@ -22,7 +22,7 @@ CHUNK = 2**24
 def max_softmax(logits: Float[Tensor, "rows classes"]) -> Float[Tensor, " rows"]:
     """Minus the largest softmax probability (Hendrycks and Gimpel 2017), -1 to -1 / classes."""
     require.floating("logits", logits, dims=2)
-    return -(logits.amax(1) - logits.logsumexp(1)).exp()
+    return -(logits - logits.amax(1, keepdim=True)).exp().sum(1).reciprocal()
 
 
 def max_logit(logits: Float[Tensor, "rows classes"]) -> Float[Tensor, " rows"]:
@@ -91,11 +91,15 @@ class VirtualLogit:
             )
         residual = axes[:, dimension:]
         origin, residual = origin.to(features.dtype), residual.to(features.dtype)
-        sizes = ((features - origin) @ residual).norm(dim=1)
-        scale = F.linear(features, weight, bias).amax(1).mean() / sizes.mean()
+        scale = F.linear(features, weight, bias).amax(1).mean() / _lengths(features, origin, residual).mean()
         return cls(origin, residual, scale, weight, bias)
 
     def anomaly_score(self, features: Float[Tensor, "rows features"]) -> Float[Tensor, " rows"]:
         """alpha ||R' (x - u)|| + the energy of the classifier's logits."""
         logits = F.linear(features, self.weight, self.bias)
-        return self.scale * ((features - self.origin) @ self.residual).norm(dim=1) + energy(logits)
+        return self.scale * _lengths(features, self.origin, self.residual) + energy(logits)
+
+
+def _lengths(features: Tensor, origin: Tensor, axes: Tensor) -> Float[Tensor, " rows"]:
+    """Of rows less the origin along the axes (D, R)."""
+    return torch.cat([((rows - origin) @ axes).norm(dim=1) for rows in features.split(ROWS)])

@@ -12,7 +12,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.linalg.blas import dsyrk
+from scipy.sparse import issparse
 from torch import Tensor
+
+ROWS = 256  # whose products are added up at a time: few enough for the cache
 
 
 def as_features(name: str, x: Any, width: int | None = None) -> Float[Tensor, "rows features"]:
@@ -27,15 +31,23 @@ def as_features(name: str, x: Any, width: int | None = None) -> Float[Tensor, "r
         ValueError: shape, dtype, NaN or infinity.
     """
     if not isinstance(x, Tensor):
+        if issparse(x):
+            raise ValueError(f"{name}: expected a dense array, got a sparse one; give x.toarray()")
         x = np.asarray(x)
+        if x.dtype.kind == "O":
+            x = x.astype(np.float64)
         if x.dtype.kind not in "fiub":
-            raise ValueError(f"{name}: expected numbers, got an array of {x.dtype}")
+            hint = ". Complex data not supported" if x.dtype.kind == "c" else ""
+            raise ValueError(f"{name}: expected numbers, got an array of {x.dtype}{hint}")
         x = torch.from_numpy(np.require(x, x.dtype if x.dtype.kind == "f" else np.float64, ["C", "W"]))
     if not x.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     if x.ndim < 2 or 0 in x.shape or width not in (None, x.shape[1]):
         wanted = "(rows, features)" if width is None else f"(rows, {width})"
-        raise ValueError(f"{name}: expected {wanted}, neither empty, got shape {tuple(x.shape)}")
+        # in the words that scikit-learn's own checks look for
+        none = f": 0 feature(s) (shape={tuple(x.shape)}) while a minimum of 1 is required."
+        hint = none if x.shape[1:] == (0,) else ""
+        raise ValueError(f"{name}: expected {wanted}, neither empty, got shape {tuple(x.shape)}{hint}")
     if not torch.stack(x.detach().aminmax()).isfinite().all():  # far faster than isfinite on x, and NaN goes through
         raise ValueError(f"{name}: contains NaN or infinite values")
     return x.flatten(2).mean(2) if x.ndim > 2 else x
@@ -63,7 +75,11 @@ def like(given: Any, answer: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a sample says about K classes, in float64: counts (K,), means (K, D), pooled scatter (D, D)."""
+    """What a sample says about K classes, in float64: counts (K,), means (K, D), pooled scatter (D, D).
+
+    `moments` takes them from rows, `merge` adds those of more rows; several detectors may learn from one, by
+    `fit_moments`.
+    """
 
     counts: Tensor
     means: Tensor
@@ -84,12 +100,23 @@ class Moments:
 
 def moments(features: Float[Tensor, "rows features"], index: Int[Tensor, " rows"], classes: int) -> Moments:
     """Moments of rows whose class is `index`, 0 to classes - 1; a class may be empty, its mean is then 0."""
-    features = features.detach().double()
+    parts = list(zip(features.detach().split(ROWS), index.split(ROWS)))
     counts = torch.bincount(index, minlength=classes).double()
-    sums = features.new_zeros(classes, features.shape[1]).index_add(0, index, features)
+    sums, lower = (counts.new_zeros(size, features.shape[1]) for size in (classes, features.shape[1]))
+    for rows, own in parts:
+        sums.index_add_(0, own, rows.double())
     means = sums / counts.clamp_min(1).unsqueeze(1)
-    residual = features - means[index]
-    return Moments(counts, means, residual.mT @ residual)
+    for rows, own in parts:
+        _add_products(lower, rows - means[own])
+    return Moments(counts, means, lower.tril() + lower.tril(-1).mT)
+
+
+def _add_products(lower: Float[Tensor, "features features"], rows: Float[Tensor, "rows features"]) -> None:
+    """Add rows' rows to the lower triangle in place, for half the work of the whole product where BLAS can."""
+    if rows.device.type == "cpu":
+        dsyrk(1.0, rows.numpy().T, beta=1.0, c=lower.numpy().T, overwrite_c=True)
+    else:
+        lower.addmm_(rows.mT, rows)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -107,8 +134,16 @@ def whitening(covariance: Float[Tensor, "features features"], ridge: float = 0.0
     Directions whose variance is below features * machine epsilon of the largest carry only rounding and are
     left out. Without any variance, W has no columns.
     """
-    variance, axes = torch.linalg.eigh(covariance + ridge * torch.eye(len(covariance)).to(covariance))
-    kept = variance > len(variance) * torch.finfo(variance.dtype).eps * variance[-1].clamp_min(0)
+    covariance = covariance + ridge * torch.eye(len(covariance)).to(covariance)
+    negligible = len(covariance) * torch.finfo(covariance.dtype).eps
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+        # The smallest variance is at least 1 / |W|^2, the largest at most the trace: no direction has to go.
+        if inverse.square().sum() * covariance.trace() * negligible < 1:
+            return inverse.mT
+    variance, axes = torch.linalg.eigh(covariance)
+    kept = variance > negligible * variance[-1].clamp_min(0)
     return axes[:, kept] / variance[kept].sqrt()
 
 

@@ -176,7 +176,8 @@ class MeanShiftOutlierScorer(BaseEstimator):
         require.number("lr", self.lr, above=0.0)
         rows = found.double()
         self.mean_, deviation = rows.mean(0), rows.std(0, correction=0)
-        self.scale_ = torch.where(deviation > 0, deviation, 1.0)
+        self.scale_ = torch.where(deviation > 1e-12 * self.mean_.abs(), deviation, 1.0)  # the rest is rounding
+        self.n_features_in_ = found.shape[1]
         rows = (rows - self.mean_) / self.scale_
         self.shifted_ = [rows, *_shifts(rows, self.neighbors, self.times - 1)]
         generator = Generator().manual_seed(self.random_state)

@@ -87,6 +87,7 @@ class ConjNormDetector(BaseEstimator):
         require.one_of("partition", self.partition, ("all", "class"))
         f = as_features("features", features)
         classes, index = as_classes("labels", labels, f)
+        self.n_features_in_ = f.shape[1]
         means = _to_length_one(moments(f, index, len(classes)).means, self.p)
         self.duals_ = _conjugate_slope(means, self._q)
         own = index if self.partition == "class" else None

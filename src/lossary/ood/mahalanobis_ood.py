@@ -14,13 +14,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from lossary import require
-from lossary.ood._gaussian import TiedGaussian, as_classes, as_features, like, merge, moments
+from lossary.ood._gaussian import Moments, TiedGaussian, as_classes, as_features, like, merge, moments
 from lossary.paper import Paper
 from lossary.roles import estimator, measure, score
 
@@ -59,6 +60,7 @@ class MahalanobisDetector(BaseEstimator):
     Attributes:
         gaussians_: by layer, the fitted classes.
         weights_: by layer (L,), float64; ones until `fit_weights`.
+        n_features_in_: of all layers together.
 
     Raises:
         ValueError: wrong shapes or dtypes, NaN, other layers than in `fit`; asked before `fit`
@@ -74,13 +76,20 @@ class MahalanobisDetector(BaseEstimator):
 
     def fit(self, features: Any, labels: Any) -> Self:
         """Learn from training features, or layers of them, and their labels (N,), numbers or names."""
-        require.number("ridge", self.ridge, at_least=0.0)
-        self.gaussians_ = {}
+        found = {}
         for name, layer in _layers(features).items():
             f = as_features("features", layer)
             classes, index = as_classes("labels", labels, f)
-            self.gaussians_[name] = TiedGaussian.of(moments(f, index, len(classes)), self.ridge)
+            found[name] = moments(f, index, len(classes))
+        return self.fit_moments(found)
+
+    def fit_moments(self, found: Moments | Mapping[Any, Moments]) -> Self:
+        """Learn from what `moments` and `merge` kept of training features, or of layers of them by name."""
+        require.number("ridge", self.ridge, at_least=0.0)
+        layers = found if isinstance(found, Mapping) else {0: found}
+        self.gaussians_ = {name: TiedGaussian.of(layer, self.ridge) for name, layer in layers.items()}
         self.weights_ = np.ones(len(self.gaussians_))
+        self.n_features_in_ = sum(len(gaussian.centre) for gaussian in self.gaussians_.values())
         return self
 
     def layer_scores(self, x: Any) -> Any:
@@ -289,7 +298,7 @@ def tnr_at_tpr(
 
 def _layers(features: Any) -> dict[Any, Any]:
     """Layers by name; unnamed ones are numbered."""
-    if isinstance(features, Mapping):
+    if isinstance(features, Mapping) and not issparse(features):  # one of scipy's sparse matrices is a dict
         return dict(features)
     several = isinstance(features, Sequence) and len(features) and getattr(features[0], "ndim", 0) >= 2
     return dict(enumerate(features)) if several else {0: features}

@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from lossary import require
-from lossary.ood._gaussian import as_classes, as_features, like, moments
+from lossary.ood._gaussian import Moments, as_classes, as_features, like, moments
 from lossary.ood._subspace import centre, principal_axes, total
 from lossary.paper import Paper
 from lossary.roles import measure, score
@@ -62,7 +62,7 @@ class NECO(BaseEstimator):
 
     Attributes:
         center_: what is subtracted before projecting, (D,), float64.
-        scale_: standard deviations of the features, (D,), 1 where 0 or not standardised.
+        scale_: standard deviations of the features, (D,), 1 where constant or not standardised.
         axes_: the first principal axes, (D, d).
         explained_: the share of the variance that they explain.
 
@@ -82,16 +82,21 @@ class NECO(BaseEstimator):
     def fit(self, features: Any, labels: Any = None) -> Self:
         """Learn from training features (N, D). Labels are looked at for their shape only."""
         f = as_features("features", features)
-        if isinstance(self.components, int):
-            require.whole("components", self.components, at_least=1, at_most=f.shape[1])
-        else:
-            require.number("components", self.components, above=0.0, below=1.0)
         if labels is not None:
             as_classes("labels", labels, f)
-        found = moments(f, torch.zeros(len(f), dtype=torch.int64, device=f.device), 1)
-        covariance = total(found)
-        spread = covariance.diagonal().sqrt() if self.standardize else torch.zeros_like(covariance[0])
-        self.center_, self.scale_ = centre(found), torch.where(spread > 0, spread, 1.0)
+        return self.fit_moments(moments(f, torch.zeros(len(f), dtype=torch.int64, device=f.device), 1))
+
+    def fit_moments(self, found: Moments) -> Self:
+        """Learn from what `moments` and `merge` kept of training features; of how many classes does not matter."""
+        self.n_features_in_ = len(found.scatter)
+        if isinstance(self.components, int):
+            require.whole("components", self.components, at_least=1, at_most=self.n_features_in_)
+        else:
+            require.number("components", self.components, above=0.0, below=1.0)
+        self.center_, covariance = centre(found), total(found)
+        spread = covariance.diagonal().sqrt()
+        varies = (spread > 1e-12 * self.center_.abs()) & self.standardize  # the rest is rounding
+        self.scale_ = torch.where(varies, spread, 1.0)
         variance, axes = principal_axes(covariance / self.scale_ / self.scale_.unsqueeze(1))
         explained = variance.cumsum(0)
         if isinstance(self.components, int):

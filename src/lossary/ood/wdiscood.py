@@ -79,8 +79,12 @@ class WDiscOOD(BaseEstimator):
 
     def fit(self, features: Any, labels: Any) -> Self:
         """Learn from training features (N, D) and their labels (N,), numbers or names."""
+        return self.fit_moments(_moments(features, labels))
+
+    def fit_moments(self, found: Moments) -> Self:
+        """Learn from what `moments` and `merge` kept of training features."""
         require.number("weight", self.weight, at_least=0.0)
-        found = _moments(features, labels)
+        self.n_features_in_ = len(found.scatter)
         self.center_, self.projection_, self.fisher_ = _discriminants(found, self.ridge)
         if self.discriminants is not None:
             require.whole("discriminants", self.discriminants, at_least=1, at_most=len(self.fisher_))

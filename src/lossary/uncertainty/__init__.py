@@ -14,6 +14,7 @@ calibration; `_dirichlet` and `_normal_wishart` hold what evidential networks sh
 | when to defer | the largest probability, after a temperature | `CentroidDeferral` |
 | which labels, pixels or answers to return | `ConformalRiskControl` on the model's scores | a loss of your own |
 | losses at many thresholds are at hand | `conformal_risk_control` | |
+| losses of pairs: rankings, distances, differences | `u_statistic_risk_control` | |
 | a bound that holds for most samples, not on average | `quantile_risk_control` | |
 | calibration inputs differ from those to come | `weighted_conformal_risk_control` | |
 | how wide is the interval? | quantile models with `conformalize_quantiles` | `DeepQuantileAggregator` over several |

@@ -8,6 +8,7 @@ grow like alpha log alpha then cancel on paper and not in rounding, so that valu
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,8 @@ def entropy(alpha: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
     """Differential entropy, at most -log Gamma(K), that of the flat Dirichlet."""
     x, classes = _with_total(alpha), alpha.shape[-1]
     c = 1 + (classes - 1) * (torch.arange(classes + 1, device=x.device) == classes)  # 1, ..., 1, K
-    terms = (c - 0.5) * x.log() + stirling_remainder(x) + (x - c) * log_gap(x)
+    more, remainder = _Both.apply(x)
+    terms = (c - 0.5) * x.log() + remainder + (x - c) * (x.reciprocal() - more)
     return _less_last(terms) + (classes - 1) / 2 * math.log(2 * math.pi)
 
 
@@ -73,7 +75,8 @@ def kl(
     ratio = mean(alpha) / mean(other)
     between = (other * (ratio - 1 - ratio.log())).sum(-1)  # ratio - 1 adds nothing but takes the rounding out of log
     x, y = _with_total(alpha), _with_total(other)
-    terms = (x / y).log() / 2 + stirling_remainder(y) - stirling_remainder(x) + (y - x) * log_gap(x)
+    more, remainder = _Both.apply(x)
+    terms = (x / y).log() / 2 + stirling_remainder(y) - remainder + (y - x) * (x.reciprocal() - more)
     return between + _less_last(terms)
 
 
@@ -150,6 +153,31 @@ def stirling_remainder(x: Tensor) -> Tensor:
     series = r * (1 / 12 - q * (1 / 360 - q * (1 / 1260 - q * (1 / 1680 - q / 1188))))
     near = torch.lgamma(small) - (small - 0.5) * small.log() + small - math.log(2 * math.pi) / 2
     return torch.where(x < FAR, near, series)
+
+
+class _Both(torch.autograd.Function):
+    """`excess` and `stirling_remainder` at once: the slope of the second is the first less 1 / (2 x)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return excess(x), stirling_remainder(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, by_excess: Tensor, by_remainder: Tensor) -> Tensor:
+        x, more = ctx.saved_tensors
+        small, r = x.clamp(max=FAR), x.clamp(min=FAR).reciprocal()
+        q = r.square()
+        series = -q * (1 / 2 - r * (1 / 6 - q * (1 / 30 - q * (1 / 42 - q * (1 / 30 - q * 10 / 132)))))
+        slope = torch.where(x < FAR, torch.polygamma(1, small + 1) - small.reciprocal(), series)
+        if torch.is_grad_enabled():  # a second derivative is wanted, so this must depend on the input
+            more = excess(x)
+        return by_excess * slope + by_remainder * (more - 0.5 / x)
 
 
 def by_outcome(

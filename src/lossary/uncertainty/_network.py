@@ -1,4 +1,4 @@
-"""The engine of estimators that train small networks of their own: a perceptron, and Adam over shuffled batches.
+"""The engine of estimators that train small networks of their own: a perceptron, Adam over shuffled batches, scales.
 
 All in float64, so that a row's answer does not depend on the rows beside it, and all random numbers from generators.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 from torch import Generator, Tensor, nn
 
@@ -23,6 +24,12 @@ def generator(random_state: Any) -> Generator:
     if not isinstance(random_state, int | np.integer | np.random.RandomState):
         raise ValueError(f"random_state: expected a whole number or a RandomState, got {random_state!r}")
     return Generator().manual_seed(int(check_random_state(random_state).randint(2**31)))
+
+
+def standard(table: NDArray) -> tuple[NDArray, NDArray]:
+    """Mean and standard deviation of each column of a table (N, D), 1 for one that is constant but for rounding."""
+    centre, scale = table.mean(0), table.std(0)
+    return centre, np.where(scale > 1e-12 * np.abs(centre), scale, 1.0)
 
 
 def perceptron(sizes: Sequence[int], g: Generator) -> nn.Sequential:

@@ -8,6 +8,7 @@ promise is on average, over calibration sets too, not for each input or group; i
 like those to come, and at least B / alpha - 1 of them for losses up to B.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -34,7 +35,7 @@ PAPER = Paper(
         "where no lambda is safe and the last one's losses exceed alpha, which the paper rules out: an error",
         "several risks (sec. 4.3) are left to the caller, who takes the largest of their lambdas, and adversarial"
         " ones (sec. 4.4), who passes the worst losses over the perturbations",
-        "no U-statistics (sec. 4.5)",
+        "the correction of u_statistic_risk_control (sec. 4.5) is derived here, from all sets of n + order samples",
     ),
     equation=(
         r"\hat\lambda=\inf\Bigl\{\lambda:\ \frac{1}{n+1}\Bigl(\sum_{i=1}^n L_i(\lambda)+B\Bigr)\le\alpha\Bigr\} "
@@ -127,6 +128,41 @@ def quantile_risk_control(losses: Array, lambdas: Array, *, alpha: float, beta: 
     require.number("beta", beta, above=0.0, below=1.0)
     first = quantile((table > alpha).sum(1), 1 - beta)
     return float(_at(np.array([min(first, len(grid))], dtype=np.intp), grid, table, alpha)[0])
+
+
+def u_statistic_risk_control(
+    losses: Array, lambdas: Array, *, samples: int, order: int = 2, alpha: float, upper_bound: float = 1.0
+) -> float:
+    """The smallest lambda whose expected loss on a set of new samples, such as a pair, is at most alpha, sec. 4.5.
+
+    Of the sets of `order` among n + order samples, the calibration samples make C(n, order) and the others count at
+    their worst: (sum_S L_S(lambda) + (C(n + order, order) - C(n, order)) B) / C(n + order, order) <= alpha. With
+    order 1 that is `conformal_risk_control`; pairs take about twice as many samples for the same level. For losses of
+    rankings, distances or differences, which are of two samples at a time.
+
+    Args:
+        losses: (C(n, order), G) of every set of calibration samples at each lambda, falling from left to right.
+        lambdas: (G,) increasing.
+        samples: n.
+        order: samples in a set, at least 1.
+        alpha: level of the expected loss, below `upper_bound`.
+        upper_bound: B, the largest loss there can be.
+
+    Raises:
+        ValueError: wrong shapes, NaN, losses of another number of sets, losses above `upper_bound`, or an alpha that no
+            lambda reaches.
+
+    >>> u_statistic_risk_control([[1, 0, 0]] * 2 + [[1, 1, 0]], [0.0, 0.5, 1.0], samples=3, alpha=0.8)  # (1 + 7) / 10
+    0.5
+    """
+    require.whole("order", order, at_least=1)
+    require.whole("samples", samples, at_least=order)
+    table, grid = losses_at(lambdas, losses, upper_bound)
+    known, every = math.comb(samples, order), math.comb(samples + order, order)
+    if len(table) != known:
+        raise ValueError(f"losses: expected {known} rows, the sets of {order} of {samples} samples, got {len(table)}")
+    unknown = np.array([every - known], dtype=np.float64)
+    return float(_smallest(table, grid, np.ones(known), unknown, alpha, upper_bound)[0])
 
 
 def false_negative_rate(sets: Bool[Array, "rows *entries"], target: Bool[Array, "rows *entries"]) -> Array:

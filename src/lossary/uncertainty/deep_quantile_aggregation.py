@@ -23,7 +23,7 @@ from lossary import require
 from lossary.paper import Paper
 from lossary.roles import estimator
 from lossary.uncertainty._conformal import numbers, rank
-from lossary.uncertainty._network import generator, perceptron, train
+from lossary.uncertainty._network import generator, perceptron, standard, train
 from lossary.uncertainty._quantile import checked_levels, conformal_shift, isotonic, pairs, pinball
 
 PAPER = Paper(
@@ -252,7 +252,7 @@ class DeepQuantileAggregator(RegressorMixin, BaseEstimator):
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         base = self._predictions(predictions, X)
         g, scale = generator(self.random_state), y.std() or 1.0
-        self._centre, self._spread = X.mean(0), np.where(X.std(0) > 0, X.std(0), 1.0)
+        self._centre, self._spread = standard(X)
         self.shifts_ = np.zeros(len(self.levels))
         inputs, outputs = _sizes(self.resolution, *base.shape[1:])
         self.weights_ = _Weights(X.shape[1] if self.local else 0, self.hidden, inputs, outputs, g)

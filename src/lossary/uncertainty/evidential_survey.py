@@ -90,8 +90,10 @@ def evidential_mse_loss(
     require.classes(input, target)
     require.number("kl_weight", kl_weight, at_least=0.0)
     alpha = dirichlet.concentration(input, evidence=evidence, prior=prior)
-    rest = torch.where(_is_own(input, target), 1.0, alpha)
-    return (dirichlet.expected_brier_loss(alpha, target) + kl_weight * dirichlet.kl(rest)).to(input.dtype)
+    error = dirichlet.expected_brier_loss(alpha, target)
+    if _matters(kl_weight):
+        error = error + kl_weight * dirichlet.kl(torch.where(_is_own(input, target), 1.0, alpha))
+    return error.to(input.dtype)
 
 
 @loss(
@@ -130,7 +132,10 @@ def uce_loss(
     require.classes(input, target)
     require.number("entropy_weight", entropy_weight, at_least=0.0)
     alpha = dirichlet.concentration(input, evidence=evidence, prior=prior)
-    return (dirichlet.expected_log_loss(alpha, target) - entropy_weight * dirichlet.entropy(alpha)).to(input.dtype)
+    error = dirichlet.expected_log_loss(alpha, target)
+    if _matters(entropy_weight):
+        error = error - entropy_weight * dirichlet.entropy(alpha)
+    return error.to(input.dtype)
 
 
 @loss(
@@ -178,9 +183,10 @@ def information_robust_dirichlet_loss(
     rest = others.sum(-1, keepdim=True)
     powers = torch.logsumexp(dirichlet.log_rising(torch.where(own, rest, alpha), p), -1)
     error = ((powers - dirichlet.log_rising(alpha.sum(-1), p)) / p).exp()
-    curvature = torch.polygamma(1, alpha) - torch.polygamma(1, 1 + rest)
-    information = ((alpha - 1).square() * curvature).masked_fill(own, 0.0).sum(-1) / 2
-    return (error + weight * information).to(input.dtype)
+    if _matters(weight):
+        curvature = torch.polygamma(1, alpha) - torch.polygamma(1, 1 + rest)
+        error = error + weight * ((alpha - 1).square() * curvature).masked_fill(own, 0.0).sum(-1) / 2
+    return error.to(input.dtype)
 
 
 @loss(on="classes", examples=({}, {"target_concentration": 10.0}), tune={"target_concentration": (10.0, 100.0)})
@@ -555,6 +561,11 @@ class _RadialFlows(nn.Module):
             z = z + stretch.unsqueeze(-1) * apart
             log_det = log_det + (features - 1) * stretch.log1p() + (stretch * radius * h).log1p()
         return log_det - (z.square().sum(-1) + features * math.log(2 * math.pi)) / 2
+
+
+def _matters(weight: float | Tensor) -> bool:
+    """Whether a term of this weight has to be computed: a tensor's gradient may be wanted, whatever its value."""
+    return isinstance(weight, Tensor) or weight != 0
 
 
 def _is_own(input: Tensor, target: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from lossary import require
 from lossary.paper import Paper
 from lossary.roles import estimator
 from lossary.uncertainty._conformal import lower_quantile
-from lossary.uncertainty._network import generator, perceptron, train
+from lossary.uncertainty._network import generator, perceptron, standard, train
 
 PAPER = Paper(
     title="Conformal Prediction via Regression-as-Classification",
@@ -221,7 +221,7 @@ class R2CCPRegressor(RegressorMixin, BaseEstimator):
         order = torch.randperm(len(X), generator=g).numpy()
         kept = min(max(round(self.calibration * len(X)), 1), len(X) - 2)
         held_out, rows = order[:kept], order[kept:]
-        self._centre, self._scale = _standard(np.column_stack([X, y])[rows])
+        self._centre, self._scale = standard(np.column_stack([X, y])[rows])
         x, target = self._standardised(X[rows]), torch.from_numpy((y[rows] - self._centre[-1]) / self._scale[-1])
         low, high = target.min().item(), target.max().item()
         if low == high:  # one value only, at 0
@@ -282,9 +282,3 @@ def _require_grid(midpoints: Any, like: Tensor) -> None:
     require.same_shape("midpoints", midpoints, tuple(like.shape[-1:]))
     if len(midpoints) < 2:
         raise ValueError(f"midpoints: expected at least two, got {len(midpoints)}")
-
-
-def _standard(table: NDArray) -> tuple[NDArray, NDArray]:
-    """Mean and standard deviation of each column, 1 for a constant one."""
-    scale = table.std(0)
-    return table.mean(0), np.where(scale > 0, scale, 1.0)

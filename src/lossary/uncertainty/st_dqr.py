@@ -22,7 +22,7 @@ from lossary import require
 from lossary.paper import Paper
 from lossary.roles import estimator
 from lossary.uncertainty._conformal import numbers, quantile
-from lossary.uncertainty._network import generator, perceptron, train
+from lossary.uncertainty._network import generator, perceptron, standard, train
 from lossary.uncertainty._quantile import pinball
 
 PAPER = Paper(
@@ -277,7 +277,7 @@ class SpaceTransformedDQR(RegressorMixin, BaseEstimator):
         order = torch.randperm(len(X), generator=g).numpy()
         kept = min(max(round(self.calibration * len(X)), 1), len(X) - 2)
         held_out, rows = order[:kept], order[kept:]
-        self._x, self._y = _standard(X[rows]), _standard(y[rows])
+        self._x, self._y = standard(X[rows]), standard(y[rows])
         x, target = _to(self._x, X[rows]), _to(self._y, y[rows])
         self.encoder_ = self.decoder_ = None
         if self.latent:
@@ -435,12 +435,6 @@ def _gaussian(table: Tensor, count: int) -> Tensor:
     """`count` quasi-random points of a normal distribution with the columns' means and standard deviations."""
     unit = torch.quasirandom.SobolEngine(table.shape[1]).draw(count + 1, dtype=table.dtype)[1:]  # the first is 0
     return table.mean(0) + torch.special.ndtri(unit) * table.std(0, correction=0)
-
-
-def _standard(table: NDArray) -> tuple[NDArray, NDArray]:
-    """Mean and standard deviation of each column, 1 for a constant one."""
-    scale = table.std(0)
-    return table.mean(0), np.where(scale > 0, scale, 1.0)
 
 
 def _to(standard: tuple[NDArray, NDArray], table: NDArray) -> Tensor:

@@ -9,8 +9,7 @@ rare or hard as well as those that are wrong.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from lossary import require
+from lossary.losses._modes import evaluating
 from lossary.paper import Paper
 from lossary.roles import Procedure, layer, procedure
 from lossary.vocabulary import fill
@@ -206,7 +206,7 @@ class CompressedCoTeaching(Procedure):
     @torch.no_grad()
     def _picked(self, teacher: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
         """batch / picked for the samples that the teacher picks, 0 for the others: (*replicas, batch)."""
-        with _evaluating(teacher):
+        with evaluating(teacher):
             values = self.loss(teacher(x), y)
         forget = self.label_noise * (min(1.0, step / self.gradual) if self.gradual else 1.0)
         batch = values.shape[-1]
@@ -217,15 +217,3 @@ class CompressedCoTeaching(Procedure):
 
 def _numbers(features: int, device: torch.device) -> Tensor:
     return torch.arange(1, features + 1, device=device)
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode is restored, frozen ones stay frozen."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -8,8 +8,7 @@ It relies on classes that form clusters: where they do not, it moves the boundar
 that are wrong to begin with it confirms them, so restart from several initial weights and keep the lowest loss.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lossary import require
+from lossary.losses._modes import evaluating
 from lossary.paper import Paper
 
 PAPER = Paper(
@@ -80,7 +80,7 @@ def wasserstein_surrogate_loss(
     require.number("step_size", step_size, above=0.0)
     loss = loss or _cross_entropy
     z = x.detach()
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for t in range(1, steps + 1):
             z.requires_grad_()
             (gradient,) = torch.autograd.grad(loss(model(z), y).sum(), z)
@@ -172,7 +172,7 @@ class RobustSelfTrainingLoss(nn.Module):
         xu: Float[Tensor, "..."],
     ) -> Float[Tensor, "*replicas"]:
         """The objective, one for each replica of a stack of models."""
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             predicted = model(xu).argmax(-1)
         labelled = self.surrogate(model, xl, yl, gamma=self.gamma)
         unlabelled = self.surrogate(model, xu, predicted, gamma=self.gamma_unlabeled)
@@ -185,16 +185,3 @@ def _mean(values: Tensor) -> Tensor:
 
 def _cross_entropy(input: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(input.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for a while, where there are modes; every module's own is restored."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -9,8 +9,7 @@ instance 0.05, 0.1, then 0.5. Try it on imbalanced data when re-weighting alone 
 two gradients a step. A diagnosis needs a Hessian-vector product for each class and step of Lanczos.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from lossary import require
+from lossary.losses._modes import evaluating
 from lossary.paper import Paper
 from lossary.roles import measure, weighting
 from lossary.weighting.class_balanced_loss_aradic import class_balanced_weights
@@ -154,7 +154,7 @@ def classwise_hessian_spectrum(
     shape = num_classes, draws, min(iterations, size)
     eigenvalues = torch.full(shape, torch.nan, dtype=torch.float64, device=x.device)
     weights = torch.zeros_like(eigenvalues)
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for c in y.unique().tolist():
             own = y == c
             objective = loss(model(x[own]), y[own]).mean()
@@ -231,15 +231,3 @@ def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; on leaving, each of its modules in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

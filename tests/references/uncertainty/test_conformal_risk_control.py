@@ -1,5 +1,6 @@
 """Conformal risk control against split conformal quantiles, a brute-force search and its own guarantee."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -16,6 +17,7 @@ from lossary.uncertainty import (
     conformal_risk_control,
     false_negative_rate,
     quantile_risk_control,
+    u_statistic_risk_control,
     weighted_conformal_risk_control,
 )
 
@@ -80,6 +82,36 @@ def test_weights_enter_as_a_search_over_each_test_sample_says():
     assert even.tolist() == [conformal_risk_control(torch.from_numpy(losses.copy()), lambdas, alpha=0.25)]
 
 
+@pytest.mark.parametrize(("n", "order"), [(4, 1), (7, 2), (12, 2), (6, 3)])
+@pytest.mark.parametrize("alpha", [0.5, 0.75])
+def test_sets_of_samples_count_as_a_search_over_all_of_them_says(n, order, alpha):
+    known = list(itertools.combinations(range(n), order))
+    losses, lambdas = random_losses(len(known), seed=n)
+    every = list(itertools.combinations(range(n + order), order))
+    whole = np.ones((len(every), len(lambdas)))  # a set that has a new sample at its worst
+    for row, members in enumerate(every):
+        if members in known:
+            whole[row] = losses[known.index(members)]
+    safe = [sum(map(Fraction, column)) <= Fraction(alpha) * len(every) for column in whole.T.tolist()]
+    expected = lambdas[safe.index(True)] if True in safe else lambdas[-1]
+    assert u_statistic_risk_control(losses, lambdas, samples=n, order=order, alpha=alpha) == expected
+
+
+def test_pairs_of_new_samples_meet_the_level_on_average():
+    """The share of pairs more than lambda apart, over 600 resamples of 30 and two new ones."""
+    rng = np.random.default_rng(3)
+    first, second = np.triu_indices(30, 1)
+    lambdas, lost = np.linspace(0, 8, 401), []
+    for _ in range(600):
+        x = rng.normal(size=32)
+        losses = np.abs(x[first] - x[second])[:, None] > lambdas
+        chosen = u_statistic_risk_control(losses, lambdas, samples=30, alpha=0.3)
+        lost.append(abs(x[30] - x[31]) > chosen)
+    # 61 of 496 pairs count at their worst, which leaves (0.3 496 - 61) / 435 = 0.202 for the pairs that are seen.
+    assert np.mean(lost) <= 0.3
+    assert np.mean(lost) == pytest.approx(0.202, abs=4 * np.sqrt(0.2 * 0.8 / 600))
+
+
 def test_losses_that_rise_again_count_as_their_largest_later_value():
     rising = np.array([[0.5, 0.1, 0.4, 0.0]] * 20)
     falling = np.array([[0.5, 0.4, 0.4, 0.0]] * 20)
@@ -111,6 +143,22 @@ def test_estimator_cuts_scores_where_the_definition_says(kind):
     assert type(sets) is type(kind(scores))
     assert np.array_equal(np.asarray(sets), scores >= 1 - control.lambda_)
     assert clone(control).fit_losses(losses, lambdas).lambda_ == control.lambda_
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(20, 0.05), (20, 0.3), (50, 0.1), (150, 0.1)])
+def test_sets_of_labels_are_mapies(n, alpha):
+    from mapie.risk_control import MultiLabelClassificationController
+
+    rng = np.random.default_rng(n)
+    scores, new = rng.random((n, 6)), rng.random((40, 6))
+    target = rng.random((n, 6)) < scores
+    target[:, 0] |= ~target.any(1)  # MAPIE wants a label in every row
+    mapie = MultiLabelClassificationController(
+        lambda x: x, risk="recall", method="crc", target_level=1 - alpha, predict_params=np.linspace(0, 1, 101)
+    ).calibrate(scores, target.astype(int))
+    control = ConformalRiskControl(alpha=alpha, grid=101).fit(scores, target)
+    assert 1 - control.lambda_ == pytest.approx(mapie.best_predict_param[0], abs=1e-12)
+    assert np.array_equal(control.predict(new), mapie.predict(new).reshape(40, 6) == 1)
 
 
 def test_scikit_learn_drives_it_and_the_promise_holds_on_folds():
@@ -158,6 +206,10 @@ def test_refusals_name_the_argument():
         conformal_risk_control([[1.0, 0.0]], [0.5, 0.5], alpha=0.5)
     with pytest.raises(ValueError, match=r"scores: expected shape \(samples, entries, ...\), got \(0, 3\)"):
         ConformalRiskControl().fit(np.zeros((0, 3)), np.zeros((0, 3), dtype=bool))
+    with pytest.raises(ValueError, match=r"losses: expected 6 rows, the sets of 2 of 4 samples, got 10"):
+        u_statistic_risk_control(losses, lambdas, samples=4, alpha=0.5)
+    with pytest.raises(ValueError, match=r"samples: expected a whole number >= 2, got 1"):
+        u_statistic_risk_control(losses, lambdas, samples=1, alpha=0.5)
     with pytest.raises(ValueError, match=r"weights: expected numbers >= 0, got -1"):
         weighted_conformal_risk_control(losses, lambdas, -np.ones(10), [1.0], alpha=0.1)
     with pytest.raises(ValueError, match=r"beta: expected a number > 0 and < 1, got 1.5"):
