@@ -103,9 +103,17 @@ def test_half_precision_at_the_ends() -> None:
     torch.testing.assert_close(grad.float(), torch.tensor([[-1.0, 1.0, -1.0, 1.0]]), atol=2e-3, rtol=0)
 
 
+def test_a_margin_leaves_positives_exact_in_half_precision() -> None:
+    input = torch.tensor([[-9.0], [-50.0]], dtype=torch.float16, requires_grad=True)
+    value = binary_losses(input, torch.ones_like(input), margin=0.05)
+    (grad,) = torch.autograd.grad(value.sum(), input)
+    assert value.tolist() == pytest.approx([9, 50], rel=1e-3)  # log(1 + e^9) and log(1 + e^50)
+    assert grad.flatten().tolist() == pytest.approx([-1, -1], abs=2e-3)
+
+
 def test_below_the_margin_there_is_nothing() -> None:
     input = torch.logit(torch.tensor([[0.049, 0.051]], dtype=torch.float64)).requires_grad_()
-    for exponent in (0.0, 1.0, 4.0):
+    for exponent in (0.0, 1.0, 4.0, torch.zeros(2, dtype=torch.float64)):
         value = binary_losses(input, torch.zeros(1, 2, dtype=torch.float64), negative=exponent, margin=0.05)
         (grad,) = torch.autograd.grad(value.sum(), input)
         assert grad[0, 0] == 0

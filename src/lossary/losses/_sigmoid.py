@@ -7,7 +7,6 @@ gradient. Here value and slope are computed together for a few rows at a time, w
 is the slope alone.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -127,34 +126,35 @@ class _BinaryLosses(torch.autograd.Function):
         value, slope = z.new_empty(len(z)), torch.empty_like(z)
         at_once = len(z) if z.is_cuda else max(1, CELLS // labels)
         buffers = z.new_empty(8, min(at_once, len(z)), labels)
-        # Below the floor a sigmoid nears the smallest normal number, and log sigmoid(u) is u to the last digit.
-        floor = 0.92 * math.log(torch.finfo(z.dtype).tiny)
-        minus_one, zero, half_margin = z.new_full((), -1.0), z.new_zeros(()), z.new_full((), margin / 2)
+        of_block = buffers.unbind()
+        tiny = torch.finfo(z.dtype).tiny
+        margin = torch.tensor(margin, dtype=z.dtype).item()  # as it is in this precision, to add exactly 0 to positives
+        minus_one, zero, one, shift = (z.new_full((), number) for number in (-1.0, 0.0, 1.0, margin))
         alike = positive is negative is None and gamma_positive == gamma_negative and negative_weight == 1
         for start in range(0, len(z), at_once):
             rows = slice(start, start + at_once)
-            sign, u, q, log_q, miss, derivative, *spare = buffers[:, : len(z[rows])]
-            there, focus = y[rows], slope[rows]
+            there, by_z = y[rows], slope[rows]
+            if len(there) < at_once:
+                of_block = buffers[:, : len(there)].unbind()
+            sign, u, q, shifted, log_q, derivative, *spare = of_block
             torch.add(minus_one, there, alpha=2, out=sign)
-            torch.mul(sign, z[rows], out=u)  # sigmoid(u) is the probability of the label's true value
-            torch.clamp(u, min=floor, out=miss)
-            torch.sigmoid(miss, out=q)
-            torch.sub(u, miss, out=log_q)  # 0, or how far u lies below the floor
-            torch.addcmul(q, q, q, value=-1, out=u)  # dq/du
+            torch.mul(sign, z[rows], out=u)
+            torch.sigmoid(u, out=q).clamp_(min=tiny)  # the probability of the label's true value
             if margin:
-                q.add_(torch.add(half_margin, sign, alpha=-margin / 2, out=miss)).clamp_(max=1)  # adds 0 to positives
-                log_q.mul_(there)  # a shifted q has no floor to fall below
-                if not gamma_negative and exponents_negative is None:
-                    u.mul_(q < 1)  # elsewhere (1 - q)^gamma is 0 where q no longer moves
-            log_q.add_(torch.log(q, out=miss))
-            torch.sub(1, q, out=miss)
+                torch.add(shift, there, alpha=-margin, out=shifted).add_(q).clamp_(max=1)
+                u.mul_(there)  # a shifted q does not come to the bound
+            else:
+                shifted = q
+            torch.log(shifted, out=log_q)
+            torch.minimum(log_q, u, out=log_q)  # u is larger, unless q was at its bound, where log sigmoid(u) is u
+            miss, focus = torch.sub(one, shifted, out=u), by_z
             _raised(miss, gamma_negative if exponents_negative is None else exponents_negative[rows], focus, derivative)
             if negative_weight != 1:
                 focus.mul_(negative_weight)
                 derivative.mul_(negative_weight)
             if not alike:
                 if exponents_positive is None and gamma_positive in (0, 1):  # the usual ones, without another power
-                    power, by_power = (there, zero) if gamma_positive == 0 else (miss, there)
+                    power, by_power = (one, zero) if gamma_positive == 0 else (miss, one)
                 else:
                     power, by_power = spare
                     _raised(miss, gamma_positive if exponents_positive is None else exponents_positive[rows], *spare)
@@ -162,14 +162,16 @@ class _BinaryLosses(torch.autograd.Function):
                 derivative.lerp_(by_power, there)
             if weights is not None:
                 focus.mul_(weights[rows])
-            value[rows] = torch.linalg.vecdot(focus, log_q)
+            torch.sum(torch.mul(focus, log_q, out=u), -1, out=value[rows])
             if frozen:
-                focus.div_(q).neg_()
+                by_q = focus.div_(shifted).neg_()
             else:
                 if weights is not None:
                     derivative.mul_(weights[rows])
-                derivative.mul_(log_q).addcdiv_(focus, q, value=-1)
-            torch.mul(focus if frozen else derivative, u, out=focus).mul_(sign)
+                by_q = derivative.mul_(log_q).addcdiv_(focus, shifted, value=-1)
+            if margin and not gamma_negative:
+                by_q.mul_(shifted < 1)  # elsewhere (1 - q)^gamma is 0 where q no longer moves
+            torch.ops.aten.sigmoid_backward(by_q, q, grad_input=by_z).mul_(sign)
         return value.neg_().view(input.shape[:-1]), slope.view(input.shape)
 
     @staticmethod

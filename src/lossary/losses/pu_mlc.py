@@ -190,12 +190,12 @@ class _PULoss(torch.autograd.Function):
             value = (m.detach() ** ctx.gamma * m.log()).sum() - pulled
             return *torch.autograd.grad(value, input, grad, create_graph=True), None, None, None
         slope, buffers = torch.empty_like(input), _buffers(input, heat)
-        push, share = grad.sum() * push * heat, share * heat
+        push, pull = grad.sum() * push * heat, -share * heat
         for rows in blocks(input):
-            p, pull = buffers[:, : len(slope[rows])]
+            p, by_log_p = buffers[:, : len(slope[rows])]
             torch.sigmoid(torch.mul(input[rows], heat, out=p), out=p)
-            _marks(target[rows], out=pull).mul_(grad[rows].unsqueeze(-1)).mul_(share).addcmul_(p, push, value=-1)
-            torch.mul(pull, p.sub_(1), out=slope[rows])
+            _marks(target[rows], out=by_log_p).mul_(grad[rows].unsqueeze(-1)).mul_(pull).addcmul_(p, push)
+            torch.addcmul(by_log_p, by_log_p, p, value=-1, out=slope[rows])
         return slope, None, None, None
 
 

@@ -192,24 +192,27 @@ class _Balanced(torch.autograd.Function):
         value, slope = z.new_empty(len(z)), torch.empty_like(z)
         at_once = len(z) if z.is_cuda else max(1, CELLS // labels)
         buffers = z.new_empty(5, min(at_once, len(z)), labels)
-        offset, one, light, steep = (z.new_full((), number) for number in (-beta * mu, 1.0, 1 / scale, scale))
+        of_block = buffers.unbind()
+        one, light, steep = (z.new_full((), number) for number in (1.0, 1 / scale, scale))
+        offset = z.new_full((labels,), -beta * mu)  # a row: an operation is slow where two of its inputs are one number
         for start in range(0, len(z), at_once):
             rows = slice(start, start + at_once)
             there, by_z = y[rows], slope[rows]
-            weight, sign, u, q, log_q = buffers[:, : len(there)]
-            present = torch.linalg.vecdot(there, rarity[rows]).clamp_(min=tiny).reciprocal_().unsqueeze(-1)
+            if len(there) < at_once:
+                of_block = buffers[:, : len(there)].unbind()
+            weight, sign, u, q, log_q = of_block
+            present = torch.mul(there, rarity[rows], out=u).sum(-1, keepdim=True).clamp_(min=tiny).reciprocal_()
             torch.addcmul(offset, rarity[rows], present, value=beta, out=weight).sigmoid_().add_(alpha)
-            weight.mul_(torch.lerp(light, one, there, out=u))
+            weight.mul_(torch.add(light, there, alpha=1 - 1 / scale, out=u))
             torch.add(steep, there, alpha=-1 - scale, out=sign)  # -1 where the label is there, scale where not
             torch.sub(shift[rows], z[rows], out=u).mul_(sign)
             torch.sigmoid(u, out=q).clamp_(min=tiny)
             torch.log(q, out=log_q)
             torch.minimum(log_q, u, out=log_q)  # u is larger, unless q is at its bound, where log sigmoid(u) is u
-            miss = torch.sub(1, q, out=u)
+            miss = torch.sub(one, q, out=u)
             weight.mul_(torch.pow(miss, gamma, out=by_z))
-            log_q.mul_(weight)
-            torch.sum(log_q, -1, out=value[rows])
-            torch.sub(weight.mul_(miss), log_q.mul_(q), alpha=gamma, out=by_z).mul_(sign)
+            torch.sum(log_q.mul_(weight), -1, out=value[rows])
+            torch.addcmul(weight.mul_(miss), log_q, q, value=-gamma, out=by_z).mul_(sign)
         return value.neg_().view(input.shape[:-1]), slope.view(input.shape)
 
     @staticmethod
