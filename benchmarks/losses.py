@@ -9,9 +9,14 @@ sigmoid and a logarithm for every entry, as the reference does, and some twenty 
 stay in the cache; the distribution-balanced one takes a second sigmoid, for its weights. The Dice loss of a batch goes
 over all probabilities four times, since sums over the batch come before values, and others before slopes.
 
+Then what timm, kornia, MONAI and pytorch-metric-learning have too, by their code on the same numbers: how many times as
+long it takes. Needs `pip install kornia monai pytorch-metric-learning` and `pip install --no-deps timm`.
+
 python -m benchmarks.losses
 """
 
+import importlib
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -19,6 +24,8 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +37,7 @@ from lossary.losses import (
     asymmetric_loss,
     asymmetric_loss_single_label,
     batch_dice_loss,
+    circle_loss,
     comp_sum_loss,
     ldr_kl_loss,
     ldr_top_k_loss,
@@ -38,6 +46,7 @@ from lossary.losses import (
     poly1_focal_loss,
     pu_multilabel_loss,
     sample_dice_loss,
+    sigmoid_focal_loss,
     squentropy_loss,
 )
 from lossary.weighting import ErrorNormTruncationLoss, class_balanced_loss, distribution_balanced_loss
@@ -94,11 +103,85 @@ def measure() -> list[dict[str, str | float | None]]:
             {"name": name, "ratio": statistics.median(turns), "target": most and f"<= {most}", "unit": "x its time"},
             {"name": name, "ratio": _peak(name) / peaks[family], "target": "<= 1", "unit": "x its peak memory"},
         ]
+    return rows + against_peers()
+
+
+def against_peers() -> list[dict[str, str | float | None]]:
+    """How many times as long each peer takes as our own loss with the same sum, medians over turns."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows: list[dict[str, str | float | None]] = []
+    for name, family, ours, peer in contests():
+        data = _data(family)
+        torch.testing.assert_close(ours(*data).sum(), peer(*data).sum(), rtol=1e-4, atol=0.0)
+        ratios = [_seconds(peer, *data) / _seconds(ours, *data) for _ in range(TURNS // 2 + 1)]
+        rows.append({"name": name, "ratio": statistics.median(ratios[1:]), "target": ">= 1", "unit": "times faster"})
+    torch.set_num_threads(threads)
     return rows
+
+
+def contests() -> list[tuple[str, str, Callable[..., Tensor], Callable[..., Tensor]]]:
+    """Name, kind of data, our loss and the peer's, with the same settings."""
+    timm = _without_its_init("timm", "timm.loss.asymmetric_loss")
+    kornia = importlib.import_module("kornia.losses")
+    monai = importlib.import_module("monai.losses")
+    metric = importlib.import_module("pytorch_metric_learning.losses")
+    focal = partial(poly1_focal_loss, gamma=2.0, epsilon=0.0)
+    binary = partial(sigmoid_focal_loss, alpha=0.25, gamma=2.0)
+    asymmetric = {"gamma_neg": 4.0, "gamma_pos": 1.0}
+    circle: Any = metric.CircleLoss(m=0.25, gamma=256.0)
+    softmax: Any = monai.FocalLoss(gamma=2.0, use_softmax=True, to_onehot_y=True, reduction="none")
+    sigmoid: Any = monai.FocalLoss(gamma=2.0, alpha=0.25, reduction="none")
+    several: Any = timm.AsymmetricLossMultiLabel(**asymmetric, clip=0.05, reduction="sum")
+    single: Any = timm.AsymmetricLossSingleLabel(**asymmetric, eps=0.1, reduction="none")
+    return [
+        ("asymmetric_loss, against timm", "labels", partial(asymmetric_loss, **asymmetric), several),
+        (
+            "asymmetric_loss_single_label, against timm",
+            "classes",
+            partial(asymmetric_loss_single_label, **asymmetric, label_smoothing=0.1),
+            single,
+        ),
+        (
+            "poly1_focal_loss, epsilon 0, against kornia",
+            "classes",
+            focal,
+            lambda z, y: kornia.focal_loss(z, y, alpha=None, gamma=2.0),
+        ),
+        ("poly1_focal_loss, epsilon 0, against MONAI", "classes", focal, lambda z, y: softmax(z, y.unsqueeze(1))),
+        (
+            "sigmoid_focal_loss, against kornia",
+            "labels",
+            binary,
+            lambda z, y: kornia.binary_focal_loss_with_logits(z, y, alpha=0.25, gamma=2.0),
+        ),
+        ("sigmoid_focal_loss, against MONAI", "labels", binary, sigmoid),
+        (
+            "circle_loss, against pytorch-metric-learning",
+            "embeddings",
+            circle_loss,
+            lambda z, y: circle(z, y) * len(y),
+        ),
+    ]
+
+
+def _without_its_init(package: str, module: str) -> ModuleType:
+    """A module of a package whose own `__init__` wants what is not there, here torchvision."""
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise ModuleNotFoundError(f"{package} is missing: pip install --no-deps {package}")
+    for name in (package, module.rpartition(".")[0]):
+        parent = sys.modules.setdefault(name, ModuleType(name))
+        below = name.removeprefix(package).replace(".", "/")
+        parent.__path__ = [path + below for path in found.submodule_search_locations or ()]
+    return importlib.import_module(module)
 
 
 def _data(family: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
+    if family == "embeddings":
+        input = torch.randn(1024, 128, generator=generator)
+        return input.requires_grad_(), torch.randint(64, (1024,), generator=generator)
     input = 3 * torch.randn(ROWS, CLASSES, generator=generator)
     if family == "classes":
         target = torch.randint(CLASSES, (ROWS,), generator=generator)

@@ -186,7 +186,7 @@ def test_refusals_name_the_argument():
         kaplan_meier([1.0, -1.0])
     with pytest.raises(ValueError, match=r"time: expected finite numbers > 0, got 0"):
         observations([0.0], [1], above=0.0)
-    with pytest.raises(ValueError, match=r"time: expected finite numbers >= 0, got nan"):
+    with pytest.raises(ValueError, match=r"time: contains NaN or infinite values"):
         kaplan_meier([np.nan])
     with pytest.raises(ValueError, match=r"time: expected shape \(N,\), N >= 1, got \(0,\)"):
         kaplan_meier([])

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from lossary import require
@@ -31,8 +33,20 @@ def as_logits(name: str, logits: Any, classes: int | None = None) -> NDArray[np.
     found = numbers(name, logits, dims=2)
     if found.shape[1] < 2 or classes not in (None, found.shape[1]):
         wanted = "at least two classes" if classes is None else f"{classes} classes"
-        raise ValueError(f"{name}: expected {wanted} in the last dimension, got shape {found.shape}")
+        hint = "; 1 feature(s) are not enough" if found.shape[1] == 1 else ""
+        raise ValueError(f"{name}: expected {wanted} in the last dimension, got shape {found.shape}{hint}")
     return found
+
+
+def rows_of(estimator: BaseEstimator, name: str, logits: Any, *, reset: bool = False) -> NDArray[np.float64]:
+    """Logits (N, C) given to an estimator, which in `fit`, with `reset`, keeps C as `n_features_in_`.
+
+    Raises:
+        ValueError: as `as_logits`, or another C than in `fit`.
+    """
+    found = as_logits(name, logits) if reset else numbers(name, logits, dims=2)
+    checked: NDArray[np.float64] = validate_data(estimator, found, reset=reset, skip_check_array=True)
+    return checked
 
 
 def as_labels(name: str, labels: Any, rows: int, classes: int) -> NDArray[np.intp]:

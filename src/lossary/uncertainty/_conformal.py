@@ -5,18 +5,51 @@ their weighted mean, the unseen sample counted among them at the largest loss th
 Where the loss is a yes or no that each sample decides at a point of its own, that setting is `quantile` of
 these points, the usual split-conformal one: intervals are predictions plus and minus it, sets of labels those
 whose score does not exceed it. With scores that tie, or n too small for the level, such sets cover more than asked;
-`p_values` with random numbers make the coverage exact. `losses_at` and `numbers` check what is given, array or tensor.
+`p_values` with random numbers make the coverage exact. `losses_at`, `numbers` and `as_array` check what is given, array
+or tensor.
 """
 
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from torch import Tensor
 
 from lossary import require
 
 ROUNDING = 1e-12  # relative; a mean that misses its level by less has met it
+
+
+def as_array(name: str, values: Any) -> NDArray:
+    """An array or tensor of real numbers as an array; objects that are numbers become float64.
+
+    Raises:
+        ValueError: sparse, complex or not numbers.
+        TypeError: an array of objects that are not numbers.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype is torch.bfloat16 else values).numpy()  # numpy has no bfloat16
+    if issparse(values):
+        raise ValueError(f"{name}: expected a dense array, got a sparse one; give {name}.toarray()")
+    found = np.asarray(values)
+    if found.dtype.kind == "O":
+        found = found.astype(np.float64)
+    if found.dtype.kind not in "fiub":
+        hint = ". Complex data not supported" if found.dtype.kind == "c" else ""
+        raise ValueError(f"{name}: expected numbers, got {found.dtype}{hint}")
+    return found
+
+
+def misshapen(shape: tuple[int, ...]) -> str:
+    """A shape that is none of (rows, features), and what is wrong, in the words that scikit-learn's checks look for."""
+    if len(shape) == 1 and shape[0]:
+        return f"{shape}. Reshape your data by .reshape(1, -1) if they are one row"
+    if shape[1:] == (0,):
+        return f"{shape}: 0 feature(s) (shape={shape}) while a minimum of 1 is required."
+    return f"{shape}"
 
 
 def numbers(name: str, values: Any, *, dims: int) -> NDArray:
@@ -25,9 +58,9 @@ def numbers(name: str, values: Any, *, dims: int) -> NDArray:
     Raises:
         ValueError: not numbers, another number of dimensions, empty, NaN or infinite.
     """
-    found = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if found.dtype.kind not in "fiub" or found.ndim != dims or not found.size:
-        raise ValueError(f"{name}: expected numbers of {dims} dimensions, got {found.dtype} of shape {found.shape}")
+    found = as_array(name, values)
+    if found.ndim != dims or not found.size:
+        raise ValueError(f"{name}: expected numbers of {dims} dimensions, got shape {misshapen(found.shape)}")
     found = found.astype(np.float64, copy=False)
     if not np.isfinite(found).all():
         raise ValueError(f"{name}: contains NaN or infinite values")

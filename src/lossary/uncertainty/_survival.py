@@ -17,9 +17,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Generator, Tensor
 from torch.distributions import Distribution, constraints
+
+from lossary.uncertainty._conformal import as_array, misshapen
 
 
 class Lifetime(Distribution):
@@ -78,22 +80,34 @@ class Lifetime(Distribution):
             return self.icdf(uniform)
 
 
+def as_times(name: str, time: Any, *, above: float | None = None) -> NDArray[np.float64]:
+    """Times of any shape in float64.
+
+    Raises:
+        ValueError: not numbers, NaN or infinite, below 0 or not above `above`.
+    """
+    times = as_array(name, time).astype(np.float64)
+    if not np.isfinite(times).all():
+        raise ValueError(f"{name}: contains NaN or infinite values")
+    fine = times >= 0 if above is None else times > above
+    if not fine.all():
+        wanted = ">= 0" if above is None else f"> {above:g}"
+        raise ValueError(f"{name}: expected finite numbers {wanted}, got {times[~fine][0]:g}")
+    return times
+
+
 def observations(time: Any, event: Any, *, above: float | None = None) -> tuple[NDArray, NDArray]:
     """Times (N,) in float64 and whether the event came then (N,) as booleans; `event` None is always.
 
     Raises:
         ValueError: other shapes, NaN or infinite times, times below 0 or not above `above`, events other than 0 and 1.
     """
-    times = _array("time", time).astype(np.float64)
-    low = times >= 0 if above is None else times > above
+    times = as_times("time", time, above=above)
     if times.ndim != 1 or not times.size:
-        raise ValueError(f"time: expected shape (N,), N >= 1, got {times.shape}")
-    if not (np.isfinite(times) & low).all():  # NaN fails the comparison too
-        wanted = ">= 0" if above is None else f"> {above:g}"
-        raise ValueError(f"time: expected finite numbers {wanted}, got {times[~(np.isfinite(times) & low)][0]:g}")
+        raise ValueError(f"time: expected shape (N,), N >= 1, got {misshapen(times.shape)}")
     if event is None:
         return times, np.ones(len(times), dtype=bool)
-    happened = _array("event", event)
+    happened = as_array("event", event)
     if happened.shape != times.shape:
         raise ValueError(f"event: expected one for each of {len(times)} times, got shape {happened.shape}")
     if not ((happened == 0) | (happened == 1)).all():
@@ -158,7 +172,7 @@ def integrated_brier_score(time: Any, event: Any, survival: Any, times: Any) -> 
         ValueError: wrong shapes, probabilities outside 0 to 1, times at which nobody is under observation any more.
     """
     t, happened = observations(time, event)
-    grid, predicted = _array("times", times).astype(np.float64), _array("survival", survival)
+    grid, predicted = as_array("times", times).astype(np.float64), as_array("survival", survival)
     if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) > 0).all():
         raise ValueError(f"times: expected at least two increasing numbers, got shape {grid.shape}")
     if predicted.shape != (len(t), len(grid)) or not ((predicted >= 0) & (predicted <= 1)).all():
@@ -246,6 +260,7 @@ class SurvivalRegressor(BaseEstimator):
     def score(self, X: Any, time: Any, event: Any = None) -> float:
         """Mean log-likelihood of rows, in nats; higher is better."""
         t, happened = observations(time, event, above=0.0)
+        check_consistent_length(X, t)
         batch = self.predict_distribution(X)
         return float(batch.log_likelihood(torch.from_numpy(t), torch.from_numpy(happened)).mean())
 
@@ -298,10 +313,3 @@ def maximum_likelihood(
             options={"gtol": 1e-9, "maxiter": 200},
         )
     return dict(zip(start, np.split(found.x, ends))), -found.fun * len(design)
-
-
-def _array(name: str, values: Any) -> NDArray:
-    found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if found.dtype.kind not in "fiub":
-        raise ValueError(f"{name}: expected numbers, got {found.dtype}")
-    return found

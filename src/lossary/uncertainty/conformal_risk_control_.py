@@ -22,7 +22,7 @@ from torch import Tensor, from_numpy
 from lossary import require
 from lossary.paper import Paper
 from lossary.roles import estimator
-from lossary.uncertainty._conformal import first_safe, losses_at, numbers, quantile
+from lossary.uncertainty._conformal import as_array, first_safe, losses_at, misshapen, numbers, quantile
 
 PAPER = Paper(
     title="Conformal Risk Control",
@@ -287,11 +287,13 @@ def _weights(name: str, weights: Array) -> NDArray:
 
 
 def _checked(scores: Array) -> Array:
-    scores = scores if isinstance(scores, Tensor) else np.asarray(scores)
+    scores = scores if isinstance(scores, Tensor) else as_array("scores", scores)
     if scores.ndim < 2 or 0 in scores.shape:
-        raise ValueError(f"scores: expected shape (samples, entries, ...), got {tuple(scores.shape)}")
+        raise ValueError(f"scores: expected shape (samples, entries, ...), got {misshapen(tuple(scores.shape))}")
     if not bool(((scores >= 0) & (scores <= 1)).all()):  # NaN is neither
-        raise ValueError("scores: expected numbers from 0 to 1; logits go through a sigmoid or softmax first")
+        raise ValueError(
+            "scores: expected numbers from 0 to 1, not NaN or infinite; logits go through a sigmoid or softmax first"
+        )
     return scores
 
 

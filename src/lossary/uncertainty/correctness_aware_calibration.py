@@ -24,8 +24,7 @@ from torch import Tensor
 from lossary import require
 from lossary.paper import Paper
 from lossary.roles import estimator, loss
-from lossary.uncertainty._calibration import as_labels, as_logits, calibrated, temperature
-from lossary.uncertainty._conformal import numbers
+from lossary.uncertainty._calibration import as_labels, as_logits, calibrated, rows_of, temperature
 from lossary.uncertainty._network import generator, perceptron, train
 
 PAPER = Paper(
@@ -136,7 +135,7 @@ class TransformAwareTemperature(BaseEstimator):
         for name in ("top", "hidden", "steps", "batch"):
             require.whole(name, getattr(self, name), at_least=1)
         require.number("learning_rate", self.learning_rate, above=0.0)
-        z = as_logits("logits", logits)
+        z = rows_of(self, "logits", logits, reset=True)
         y = as_labels("labels", labels, *z.shape)
         self.classes_, self.n_views_ = np.arange(z.shape[1]), 1 if views is None else len(views)
         features = torch.from_numpy(self._features(z, views))
@@ -149,7 +148,7 @@ class TransformAwareTemperature(BaseEstimator):
         right = (z.argmax(axis=1) == y).astype(np.float64)
         share = np.where(right, right.mean(), 1 - right.mean())
         weights = torch.from_numpy(1 / (2 * share) if self.balanced else np.ones(len(y)))
-        inputs, targets = torch.from_numpy(z), torch.from_numpy(y)
+        inputs, targets = torch.tensor(z), torch.from_numpy(y)  # z may be read-only
 
         def objective(rows: Tensor) -> Tensor:
             values = self.loss(inputs[rows] / self._clamped(features[rows]).unsqueeze(1), targets[rows])
@@ -169,13 +168,22 @@ class TransformAwareTemperature(BaseEstimator):
     def temperatures(self, logits: Any, views: Any = None) -> NDArray[np.float64]:
         """T of each sample, (N,), from 0.1 to 10."""
         check_is_fitted(self)
-        z = as_logits("logits", logits, len(self.classes_))
-        with torch.no_grad():
-            return self._clamped(torch.from_numpy(self._features(z, views))).numpy()
+        return self._temperatures(rows_of(self, "logits", logits), views)
 
     def predict_proba(self, logits: Any, views: Any = None) -> NDArray[np.float64]:
         """Calibrated probabilities (N, C); the order of the classes is that of the logits."""
-        return calibrated(numbers("logits", logits, dims=2), self.temperatures(logits, views))
+        check_is_fitted(self)
+        z = rows_of(self, "logits", logits)
+        return calibrated(z, self._temperatures(z, views))
+
+    def predict(self, logits: Any) -> NDArray[np.intp]:
+        """The likeliest class (N,), which is that of the logits."""
+        check_is_fitted(self)
+        return rows_of(self, "logits", logits).argmax(axis=1)
+
+    def _temperatures(self, z: NDArray[np.float64], views: Any) -> NDArray[np.float64]:
+        with torch.no_grad():
+            return self._clamped(torch.from_numpy(self._features(z, views))).numpy()
 
     def _features(self, z: NDArray[np.float64], views: Any) -> NDArray[np.float64]:
         """(N, V top): the probabilities that each view gives to the likeliest classes of the original."""

@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from lossary import require
 from lossary.paper import Paper
-from lossary.uncertainty._survival import kaplan_meier, observations
+from lossary.uncertainty._survival import as_times, kaplan_meier, observations
 
 PAPER = Paper(
     title="A Differentially Private Kaplan-Meier Estimator for Privacy-Preserving Survival Analysis",
@@ -90,6 +90,11 @@ class DPKaplanMeierFitter(BaseEstimator):
         self.epsilon, self.mechanism, self.grid = epsilon, mechanism, grid
         self.schedule, self.clip, self.window = schedule, clip, window
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array, tags.input_tags.two_d_array = True, False
+        return tags
+
     def fit(self, time: Any, event: Any = None, *, generator: Generator) -> Self:
         """Release the curve of times (N,); `event` (N,) is 1 where it came, 0 where observation ended. Once only.
 
@@ -118,9 +123,10 @@ class DPKaplanMeierFitter(BaseEstimator):
     def predict(self, times: Any) -> NDArray:
         """Survival at times, not negative, of any shape."""
         check_is_fitted(self)
+        asked = as_times("times", times)
         if self.mechanism == "counts":
-            return np.interp(times, np.r_[0.0, self.times_], np.r_[1.0, self.survival_])
-        return np.r_[1.0, self.survival_][np.searchsorted(self.times_, times, side="right")]
+            return np.interp(asked, np.r_[0.0, self.times_], np.r_[1.0, self.survival_])
+        return np.r_[1.0, self.survival_][np.searchsorted(self.times_, asked, side="right")]
 
     @property
     def survival_function_(self) -> Any:

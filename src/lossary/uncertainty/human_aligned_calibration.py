@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
+from sklearn.utils import TransformerTags
 from sklearn.utils.validation import check_is_fitted
 
 from lossary import require
@@ -118,6 +119,12 @@ class HumanAlignedCalibrator(BaseEstimator):
 
     def __init__(self, *, confidence_bins: int = 5, human_bins: int | None = 3) -> None:
         self.confidence_bins, self.human_bins = confidence_bins, human_bins
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags = TransformerTags()  # of two vectors at once, so that there is no fit_transform(X, y)
+        tags.input_tags.one_d_array, tags.input_tags.two_d_array = True, False
+        return tags
 
     def fit(self, confidence: Array, human: Array, outcome: Array) -> Self:
         """Learn from b (N,), h (N,) and y (N,), as `alignment_error` takes them."""

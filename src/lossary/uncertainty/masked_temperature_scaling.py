@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from lossary import require
 from lossary.paper import Paper
 from lossary.roles import estimator
-from lossary.uncertainty._calibration import as_labels, as_logits, calibrated, temperature
+from lossary.uncertainty._calibration import as_labels, calibrated, rows_of, temperature
 from lossary.uncertainty._network import generator as seeded
 
 PAPER = Paper(
@@ -77,7 +77,7 @@ class MaskedTemperatureScaling(BaseEstimator):
         """Find T on logits (N, C) and class numbers (N,) of held-out samples."""
         require.number("mask_rate", self.mask_rate, at_least=0.0, below=1.0)
         require.whole("masks", self.masks, at_least=1)
-        z = as_logits("logits", logits)
+        z = rows_of(self, "logits", logits, reset=True)
         y = as_labels("labels", labels, *z.shape)
         drawn = torch.rand(self.masks, *z.shape, generator=seeded(self.random_state), dtype=torch.float64).numpy()
         masked = (drawn >= self.mask_rate) * (z - z.mean(axis=1, keepdims=True))
@@ -88,7 +88,12 @@ class MaskedTemperatureScaling(BaseEstimator):
     def predict_proba(self, logits: Any) -> NDArray[np.float64]:
         """Calibrated probabilities (N, C)."""
         check_is_fitted(self)
-        return calibrated(as_logits("logits", logits, len(self.classes_)), self.temperature_)
+        return calibrated(rows_of(self, "logits", logits), self.temperature_)
+
+    def predict(self, logits: Any) -> NDArray[np.intp]:
+        """The likeliest class (N,), which is that of the logits."""
+        check_is_fitted(self)
+        return rows_of(self, "logits", logits).argmax(axis=1)
 
 
 def masked_distillation_step(

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from lossary import require
 from lossary.paper import Paper
-from lossary.uncertainty._calibration import as_labels, as_logits
+from lossary.uncertainty._calibration import as_labels, rows_of
 
 PAPER = Paper(
     title="When to Accept Automated Predictions and When to Defer to Human Judgment?",
@@ -71,7 +71,7 @@ class CentroidDeferral(BaseEstimator):
 
     def fit(self, probabilities: Any, labels: Any) -> Self:
         """Learn centroids and thresholds from softmax vectors (N, C) and class numbers (N,)."""
-        p = _probabilities(probabilities)
+        p = self._probabilities(probabilities, reset=True)
         y = as_labels("labels", labels, *p.shape)
         right = p[p.argmax(axis=1) == y], y[p.argmax(axis=1) == y]
         counts = np.bincount(right[1], minlength=p.shape[1])
@@ -103,8 +103,9 @@ class CentroidDeferral(BaseEstimator):
 
     def predict(self, probabilities: Any) -> NDArray[np.intp]:
         """The predicted class of each sample that is accepted, -1 for one that is deferred, (N,)."""
-        p = _probabilities(probabilities)
-        return np.where(self.decision_function(p) > 0, p.argmax(axis=1), -1)
+        p, d = self._distances(probabilities)
+        predicted = p.argmax(axis=1)
+        return np.where(self.thresholds_[predicted] - d > 0, predicted, -1)
 
     def anomaly_score(self, probabilities: Any) -> NDArray[np.float64]:
         """||p - mu_c||, (N,), higher is more unusual; sqrt(2), the most there can be, in a class without centroid."""
@@ -112,13 +113,14 @@ class CentroidDeferral(BaseEstimator):
 
     def _distances(self, probabilities: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         check_is_fitted(self, "centroids_")
-        p = _probabilities(probabilities, len(self.centroids_))
+        p = self._probabilities(probabilities)
         d = np.linalg.norm(p - self.centroids_[p.argmax(axis=1)], axis=1)
         return p, np.where(np.isnan(d), np.sqrt(2), d)
 
-
-def _probabilities(probabilities: Any, classes: int | None = None) -> NDArray[np.float64]:
-    p = as_logits("probabilities", probabilities, classes)
-    if p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 0.01:  # bfloat16 has no more digits
-        raise ValueError("probabilities: expected rows of numbers >= 0 with sum 1; logits go through a softmax first")
-    return p
+    def _probabilities(self, probabilities: Any, *, reset: bool = False) -> NDArray[np.float64]:
+        p = rows_of(self, "probabilities", probabilities, reset=reset)
+        if p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 0.01:  # bfloat16 has no more digits
+            raise ValueError(
+                "probabilities: expected rows of numbers >= 0 with sum 1; logits go through a softmax first"
+            )
+        return p

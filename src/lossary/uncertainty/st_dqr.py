@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from lossary import require
 from lossary.paper import Paper
 from lossary.roles import estimator
-from lossary.uncertainty._conformal import numbers, quantile
+from lossary.uncertainty._conformal import as_array, misshapen, numbers, quantile
 from lossary.uncertainty._network import generator, perceptron, standard, train
 from lossary.uncertainty._quantile import pinball
 
@@ -121,6 +121,11 @@ class MultivariateConformalRegion(BaseEstimator):
     def __init__(self, *, alpha: float = 0.1, spacing: float = 0.9) -> None:
         self.alpha, self.spacing = alpha, spacing
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array, tags.input_tags.three_d_array, tags.input_tags.allow_nan = False, True, True
+        return tags
+
     def fit(self, inside: Array, y: Array, grid: Array) -> Self:
         """Choose the radius on held-out rows.
 
@@ -156,10 +161,11 @@ class MultivariateConformalRegion(BaseEstimator):
         return covered.double().mean(1).numpy()
 
     def _checked(self, inside: Array, y: Array | None) -> tuple[Tensor, Tensor]:
-        cloud = torch.as_tensor(inside).detach().double().cpu()
+        cloud = torch.from_numpy(as_array("inside", inside).astype(np.float64))
         d = self.grid_.shape[1]
         if cloud.ndim != 3 or cloud.shape[2] != d or 0 in cloud.shape or bool(cloud.isinf().any()):
-            raise ValueError(f"inside: expected finite points (rows, points, {d}) or NaN, got {tuple(cloud.shape)}")
+            got = misshapen(tuple(cloud.shape))
+            raise ValueError(f"inside: expected finite points (rows, points, {d}) or NaN, got {got}")
         targets = np.zeros((len(cloud), d)) if y is None else numbers("y", y, dims=2)
         if targets.shape != (len(cloud), d):
             raise ValueError(f"y: expected shape {(len(cloud), d)}, got {targets.shape}")

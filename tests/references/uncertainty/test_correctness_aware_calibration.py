@@ -131,7 +131,7 @@ def test_refusals_name_the_argument():
         fitted.predict_proba(logits)
     with pytest.raises(ValueError, match=r"views: expected 3 of 120 rows each, got \[120, 120, 119\]"):
         fitted.predict_proba(logits, [*views[:2], views[2][1:]])
-    with pytest.raises(ValueError, match=r"logits: expected 5 classes in the last dimension, got shape \(120, 4\)"):
+    with pytest.raises(ValueError, match=r"X has 4 features, but TransformAwareTemperature is expecting 5 features"):
         fitted.predict_proba(logits[:, :4], views)
     with pytest.raises(ValueError, match=r"views: contains NaN"):
         fitted.predict_proba(logits, [*views[:2], views[2] * np.nan])

@@ -131,7 +131,7 @@ def test_refusals_name_the_argument():
         MaskedTemperatureScaling(mask_rate=1.0).fit(logits, labels)
     with pytest.raises(ValueError, match=r"masks: expected a whole number >= 1, got 0"):
         MaskedTemperatureScaling(masks=0).fit(logits, labels)
-    with pytest.raises(ValueError, match=r"logits: expected 4 classes in the last dimension"):
+    with pytest.raises(ValueError, match=r"X has 3 features, but MaskedTemperatureScaling is expecting 4 features"):
         MaskedTemperatureScaling().fit(logits, labels).predict_proba(logits[:, :3])
     model, g = nn.Linear(5, 3), torch.Generator()
     x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])

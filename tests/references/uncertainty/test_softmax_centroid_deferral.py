@@ -109,7 +109,7 @@ def test_refusals_name_the_argument():
         CentroidDeferral().fit(p * np.nan, y)
     with pytest.raises(ValueError, match=r"labels: expected classes 0 to 3"):
         CentroidDeferral().fit(p, y + 1)
-    with pytest.raises(ValueError, match=r"probabilities: expected 4 classes in the last dimension"):
+    with pytest.raises(ValueError, match=r"X has 2 features, but CentroidDeferral is expecting 4 features"):
         CentroidDeferral().fit(p, y).predict([[0.5, 0.5]])
     with pytest.raises(ValueError, match=r"without_errors: expected one of 'all', 'seen', got 'none'"):
         CentroidDeferral(without_errors="none").fit(p, y)
