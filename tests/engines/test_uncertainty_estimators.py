@@ -258,7 +258,7 @@ def test_survival_regression_behind_a_scaler_with_events_for_each_fold():
         plain = clone(model).fit(X[inside], time[inside], event[inside])
         assert scores[fold] == pytest.approx(plain.score(X[outside], time[outside], event[outside]), rel=1e-12)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
-        pipeline.score(X, time[:1])
+        plain.score(X, time[:1])
 
 
 @pytest.mark.parametrize("settings", [{"grid": (0.5, 1.0, 2.0, 4.0)}, {"mechanism": "time-indexed"}], ids=repr)
