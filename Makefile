@@ -49,5 +49,12 @@ quick: venv
 lint: venv
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check . && $(BIN)/mypy --no-error-summary
 
-bench: venv
+# Peers that only benchmarks meet. The last two ask for torchvision, without which what is timed works too.
+.venv/.peers: .venv/.done
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt \
+		kornia==0.9.0 monai==1.6.1 pytorch-metric-learning==2.9.0
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps timm==1.0.31 pytorch-ood==0.4.0
+	@touch $@
+
+bench: .venv/.peers
 	$(BIN)/python -m benchmarks

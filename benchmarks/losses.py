@@ -10,13 +10,12 @@ stay in the cache; the distribution-balanced one takes a second sigmoid, for its
 over all probabilities four times, since sums over the batch come before values, and others before slopes.
 
 Then what timm, kornia, MONAI and pytorch-metric-learning have too, by their code on the same numbers: how many times as
-long it takes. Needs `pip install kornia monai pytorch-metric-learning` and `pip install --no-deps timm`.
+long it takes. `make bench` installs them.
 
 python -m benchmarks.losses
 """
 
 import importlib
-import importlib.util
 import os
 import statistics
 import subprocess
@@ -24,13 +23,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks._peers import part_of
 from lossary.losses import (
     ALDRKLLoss,
     aldr_kl_loss,
@@ -122,7 +121,7 @@ def against_peers() -> list[dict[str, str | float | None]]:
 
 def contests() -> list[tuple[str, str, Callable[..., Tensor], Callable[..., Tensor]]]:
     """Name, kind of data, our loss and the peer's, with the same settings."""
-    timm = _without_its_init("timm", "timm.loss.asymmetric_loss")
+    timm = part_of("timm", "timm.loss")
     kornia = importlib.import_module("kornia.losses")
     monai = importlib.import_module("monai.losses")
     metric = importlib.import_module("pytorch_metric_learning.losses")
@@ -163,18 +162,6 @@ def contests() -> list[tuple[str, str, Callable[..., Tensor], Callable[..., Tens
             lambda z, y: circle(z, y) * len(y),
         ),
     ]
-
-
-def _without_its_init(package: str, module: str) -> ModuleType:
-    """A module of a package whose own `__init__` wants what is not there, here torchvision."""
-    found = importlib.util.find_spec(package)
-    if found is None:
-        raise ModuleNotFoundError(f"{package} is missing: pip install --no-deps {package}")
-    for name in (package, module.rpartition(".")[0]):
-        parent = sys.modules.setdefault(name, ModuleType(name))
-        below = name.removeprefix(package).replace(".", "/")
-        parent.__path__ = [path + below for path in found.submodule_search_locations or ()]
-    return importlib.import_module(module)
 
 
 def _data(family: str) -> tuple[Tensor, Tensor]:

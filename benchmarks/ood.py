@@ -3,18 +3,16 @@
 Mahalanobis distances, whitened once, against a loop over classes; each detector against a bare matrix product of the
 size that whitening needs, which is the floor; and everything that pytorch-ood has too against pytorch-ood, on the same
 rows. It fits in single precision, we in double: where some variances are thousands of times as large as others, its ViM
-scores are off by more than a tenth of the largest. Needs `pip install --no-deps pytorch-ood`.
+scores are off by more than a tenth of the largest. `make bench` installs pytorch-ood.
 """
 
-import importlib.util
 import statistics
-import sys
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from benchmarks._peers import part_of
 from benchmarks._timing import seconds
 from lossary.ood import NECO, ConjNormDetector, MahalanobisDetector, WDiscOOD, class_conditional_gaussian
 from lossary.ood._baselines import VirtualLogit, energy, max_logit, max_softmax, neighbour_distance
@@ -29,21 +27,9 @@ def class_by_class(x: Tensor, means: Tensor, precision: Tensor) -> Tensor:
     return torch.stack([((r @ precision) * r).sum(1) for r in residuals]).amin(0)
 
 
-def pytorch_ood() -> ModuleType:
-    """Its detectors, without its data sets: these want torchvision, of the very build that torch is."""
-    if "pytorch_ood" not in sys.modules:
-        found = importlib.util.find_spec("pytorch_ood")
-        if found is None:
-            raise ModuleNotFoundError("pytorch-ood is missing: pip install --no-deps pytorch-ood")
-        package = ModuleType("pytorch_ood")
-        package.__path__ = list(found.submodule_search_locations or ())
-        sys.modules["pytorch_ood"] = package
-    return importlib.import_module("pytorch_ood.detector")
-
-
 def contests(x: Tensor, labels: Tensor) -> list[tuple[str, Callable[[], object], Callable[[], object]]]:
     """Name, what pytorch-ood does, and what we do, on the same input; scores that are the same are compared first."""
-    peer = pytorch_ood()
+    peer = part_of("pytorch_ood", "pytorch_ood.detector")
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(CLASSES, FEATURES, generator=generator) / FEATURES**0.5
     bias = torch.randn(CLASSES, generator=generator)
