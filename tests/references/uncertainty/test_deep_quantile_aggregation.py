@@ -148,22 +148,24 @@ def test_steps_zero_is_the_plain_average_and_mending_is_as_told():
 LINEAR = {"models": ("linear",), "levels": (0.1, 0.5, 0.9), "folds": 2, "steps": 100}
 
 
-def test_pairs_cover_as_asked_over_recalibrations():
-    """The models once; then 400 times 19 rows to calibrate and one to cover: rank 16 of 20, binomial."""
-    model = DeepQuantileAggregator(**LINEAR).fit(*data(100))
-    X, y = data(400 * 20, seed=6)
+@pytest.mark.parametrize("tail", [0.05, 0.1, 0.25])
+def test_pairs_cover_as_asked_over_recalibrations(tail):
+    """The models once; then 600 times 19 rows to calibrate and one to cover: rank 20 (1 - 2 tail) of 20, binomial."""
+    levels = (tail, 0.5, 1 - tail)
+    model = DeepQuantileAggregator(**{**LINEAR, "levels": levels}).fit(*data(100))
+    X, y = data(600 * 20, seed=6)
     model.shifts_ = np.zeros(3)
-    raw = model.predict_quantiles(X).reshape(400, 20, 3)
+    raw = model.predict_quantiles(X).reshape(600, 20, 3)
     hits = []
-    for q, target in zip(raw, y.reshape(400, 20)):
-        low, _, high = conformalize_quantiles(q[:19], target[:19], q[19:], levels=(0.1, 0.5, 0.9))[0]
+    for q, target in zip(raw, y.reshape(600, 20)):
+        low, _, high = conformalize_quantiles(q[:19], target[:19], q[19:], levels=levels)[0]
         hits.append(low <= target[19] <= high)
-    low, high = binom.interval(0.9999, 400, 0.8)
+    low, high = binom.interval(0.9999, 600, 1 - 2 * tail)
     assert low <= sum(hits) <= high
     model.calibrate(X[:19], y[:19])
     np.testing.assert_allclose(
         model.predict_quantiles(X[19:20]),
-        conformalize_quantiles(raw[0, :19], y[:19], raw[0, 19:], levels=(0.1, 0.5, 0.9)),
+        conformalize_quantiles(raw[0, :19], y[:19], raw[0, 19:], levels=levels),
     )
 
 

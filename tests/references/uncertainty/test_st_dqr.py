@@ -167,13 +167,14 @@ def test_the_pieces_are_the_definition():
     np.testing.assert_allclose(z.mean(0), model._middle.numpy(), atol=0.1 * z.std())
 
 
-@pytest.mark.parametrize("latent", [0, 2])
-def test_coverage_is_exact_over_recalibrations_of_one_model(latent):
-    model = SpaceTransformedDQR(latent=latent, alpha=0.2, **SMALL).fit(*arc(100))
+@pytest.mark.parametrize(("latent", "alpha"), [(0, 0.2), (2, 0.2), (0, 0.4), (0, 0.1)])
+def test_coverage_is_exact_over_recalibrations_of_one_model(latent, alpha):
+    model = SpaceTransformedDQR(latent=latent, alpha=alpha, **SMALL).fit(*arc(100))
     X, Y = arc(500 * 10, seed=4)
     scores = model.signed_distance(X, Y).reshape(500, 10)
-    radius = np.sort(scores[:, :9], axis=1)[:, 7]  # rank 8 of 10
-    low, high = binom.interval(0.9999, 500, 0.8)
+    rank = round(10 * (1 - alpha))
+    radius = np.sort(scores[:, :9], axis=1)[:, rank - 1]
+    low, high = binom.interval(0.9999, 500, rank / 10)
     assert low <= (scores[:, 9] <= radius).sum() <= high
     model.calibrate(X[:9], Y[:9])
     assert model.region_.radius_ == pytest.approx(radius[0], abs=1e-9)
