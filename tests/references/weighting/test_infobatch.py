@@ -1,8 +1,12 @@
-"""InfoBatch against expectations worked out by hand, and in a real DataLoader."""
+"""InfoBatch against expectations worked out by hand, in a real DataLoader, and in two processes."""
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lossary.tasks import Seeds, cross_entropy, fit, per_seed, stacked_mlp
@@ -102,3 +106,47 @@ def test_refusals():
         InfoBatch(8, epochs=1, generator=torch.Generator(), ratio=1.0)
     with pytest.raises(ValueError, match="index: expected shape"):
         started(epochs=1)(LOSSES, index=LOW)
+
+
+def trained(rank=0, processes=1):
+    """A linear model after four epochs, three of them pruned, on this process's share of batches of eight; and losses.
+
+    Batches that an epoch leaves unfilled are dropped, as every process needs its share.
+    """
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(64, 5, generator=g), torch.randint(3, (64,), generator=g)
+    torch.manual_seed(2)
+    model = nn.Linear(5, 3)
+    shared = DistributedDataParallel(model) if processes > 1 else model
+    sampler = InfoBatch(64, epochs=4, delta=0.75, generator=torch.Generator().manual_seed(3))
+    optimizer, sizes = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for _ in range(4):
+        order = torch.tensor(list(sampler))
+        sizes.append(len(order))
+        for batch in order[: len(order) // 8 * 8].split(8):
+            rows = batch[rank::processes]
+            values = F.cross_entropy(shared(x[rows]), y[rows], reduction="none")
+            optimizer.zero_grad()
+            (sampler(values.detach(), index=rows) * values).mean().backward()
+            optimizer.step()
+    return model.weight.detach().clone(), sampler.scores, sizes
+
+
+def _one_of_two(rank, store, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = trained(rank, 2)
+    dist.destroy_process_group()
+    torch.save(found, results / f"{rank}.pt")
+
+
+def test_two_processes_train_what_one_does_on_the_same_batches(tmp_path):
+    mp.start_processes(_one_of_two, (tmp_path / "store", tmp_path), nprocs=2, start_method="spawn")
+    weight, scores, sizes = trained()
+    assert sizes[0] == sizes[3] == 64
+    assert max(sizes[1:3]) < 64
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found[0], weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[1], scores, rtol=0, atol=1e-6)
+        assert found[2] == sizes
