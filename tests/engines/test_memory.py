@@ -1,10 +1,9 @@
 """The memory of every sample: alone, and in two processes whose batches differ in size."""
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lossary.weighting._memory import from_all, record
+from tests.processes import in_two
 
 # Of each of two batches the positions that the two processes show, and a row for every position.
 SHOWN = (([5, 0, 2], [4]), ([1], [3, 5]))
@@ -21,24 +20,19 @@ def test_alone_it_is_a_buffer():
     assert from_all(values) is values
 
 
-def _one_of_two(rank, store, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _one_of_two(rank):
     memory = torch.full((6, 2), -1.0)
     for turn, shown in enumerate(SHOWN):
         record(memory, torch.tensor(shown[rank]), ROWS[shown[rank]] + 100 * turn)
     joined = from_all(torch.tensor(SHOWN[0][rank]))
-    dist.destroy_process_group()
-    torch.save((memory, joined), results / f"{rank}.pt")
+    return memory, joined
 
 
 def test_two_processes_remember_what_one_would(tmp_path):
-    mp.start_processes(_one_of_two, (tmp_path / "store", tmp_path), nprocs=2, start_method="spawn")
     alone = torch.full((6, 2), -1.0)
     for turn, shown in enumerate(SHOWN):
         both = shown[0] + shown[1]
         record(alone, torch.tensor(both), ROWS[both] + 100 * turn)
-    for rank in range(2):
-        memory, joined = torch.load(tmp_path / f"{rank}.pt")
+    for memory, joined in in_two(_one_of_two, tmp_path):
         assert torch.equal(memory, alone)
         assert joined.tolist() == [5, 0, 2, 4]

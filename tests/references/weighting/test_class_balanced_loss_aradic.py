@@ -5,11 +5,11 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from lossary.criterion import Criterion
 from lossary.weighting import GlyphCharacterEncoder, class_balanced_loss, class_balanced_weights
+from tests.processes import in_two
 
 COUNTS = (500, 80, 9, 2)
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 0.0], [0.3, 0.2, -2.0, 1.5], [-0.7, 1.1, 0.4, 3.0]])
@@ -139,25 +139,16 @@ def parts():
     return model, [Criterion(plain, weighting=weigh), *losses]
 
 
-def _one_of_two(rank, store):
+def _one_of_two(rank):
     """Gradients that one of two processes ends up with, each having seen half of the batch."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model, criteria = parts()
     x, y = (values[rank::2] for values in batch())  # each rare class is on one process alone
     found = torch.stack(gradients(model, criteria, x, y))
     dist.all_reduce(found)  # DistributedDataParallel takes the mean, half of this sum
-    dist.destroy_process_group()
     return found / 2
 
 
-def _rank_one(_, store):
-    _one_of_two(1, store)
-
-
 def test_two_processes_learn_what_one_does_with_both_halves(tmp_path):
-    other = mp.start_processes(_rank_one, (tmp_path / "store",), nprocs=1, join=False, start_method="spawn")
-    found = _one_of_two(0, tmp_path / "store")
-    other.join()
+    found = in_two(_one_of_two, tmp_path)[0]
     model, criteria = parts()
     torch.testing.assert_close(found, torch.stack(gradients(model, criteria, *batch())))

@@ -4,12 +4,11 @@ from collections import deque
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lossary.weighting import DASO, BalancedPrototypeMemory, daso_blend, semantic_alignment_loss
+from tests.processes import in_two
 
 
 def wave(*shape, step):
@@ -147,23 +146,18 @@ def test_it_takes_torchs_moving_average_of_an_encoder():
     assert not daso.memory.bank.requires_grad
 
 
-def _one_of_two(rank, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _one_of_two(rank):
     daso = DASO(4, 3, **SETTING)
     for step in range(4):
         x, y, weak, strong = batch(step)
         daso.memory.push(x[2 * rank : 2 + 3 * rank], y[2 * rank : 2 + 3 * rank])  # two rows and three
         u, v = weak[3 * rank : 3 + 3 * rank], strong[3 * rank : 3 + 3 * rank]
         values = daso(u @ WEIGHT.T, u, v @ WEIGHT.T, v)
-    dist.destroy_process_group()
     return [value.tolist() for value in values], daso.state_dict()
 
 
 def test_two_processes_share_memory_and_counts(tmp_path):
-    other = mp.start_processes(_rank_one, (tmp_path / "store",), nprocs=1, join=False, start_method="spawn")
-    values, state = _one_of_two(0, tmp_path / "store")
-    other.join()
+    values, state = in_two(_one_of_two, tmp_path)[0]
     daso = DASO(4, 3, **SETTING)
     for step in range(4):
         expected = take(daso, step)
@@ -171,10 +165,6 @@ def test_two_processes_share_memory_and_counts(tmp_path):
         assert torch.equal(value, state[name]), name
     for mine, theirs in zip(values, expected):
         assert mine == pytest.approx(theirs[:3].tolist(), abs=1e-5)
-
-
-def _rank_one(_, store):
-    _one_of_two(1, store)
 
 
 def test_refusals():

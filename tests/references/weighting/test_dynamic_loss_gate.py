@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from lossary.criterion import Criterion
 from lossary.weighting import DynamicLossGate, fit_loss_gate, loss_gate_label_correction
+from tests.processes import in_two
 
 # LGL_threshold_update_gmm of theolepage/wavlm_ssl_sv on these losses; its grid is 0.008 wide.
 HEAPS = torch.cat([1.2 * torch.linspace(-2.5, 2.5, 400) - 3, 0.4 * torch.linspace(-2.5, 2.5, 200) + 1]).exp()
@@ -157,28 +157,19 @@ def batches():
             yield scale * losses[rows] * (1 + 0.1 * torch.rand(6, generator=g)), rows
 
 
-def _one_of_two(rank, store):
+def _one_of_two(rank):
     """What one of two processes sees: the weighted means and gates after each batch, and all it remembers."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     gate, seen = DynamicLossGate(24, warmup=1), []
     for losses, index in batches():
         losses, index = losses[rank::2], index[rank::2]
         weighted = (gate(losses, index=index) * losses).mean()
         dist.all_reduce(weighted)  # DistributedDataParallel takes the mean, half of this sum
         seen.append((weighted.item() / 2, gate.threshold.item()))
-    dist.destroy_process_group()
     return seen, gate.losses.tolist()
 
 
-def _rank_one(_, store):
-    _one_of_two(1, store)
-
-
 def test_two_processes_do_what_one_does_with_both_halves(tmp_path):
-    other = mp.start_processes(_rank_one, (tmp_path / "store",), nprocs=1, join=False, start_method="spawn")
-    seen, remembered = _one_of_two(0, tmp_path / "store")
-    other.join()
+    seen, remembered = in_two(_one_of_two, tmp_path)[0]
     gate, alone = DynamicLossGate(24, warmup=1), []
     for losses, index in batches():
         weighted = (gate(losses, index=index) * losses).mean()

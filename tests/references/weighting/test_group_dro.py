@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lossary.criterion import Criterion
 from lossary.weighting import GroupDRO, InfoBatch, worst_group_accuracy
+from tests.processes import in_two
 
 BATCHES = (
     ([0.5, 1.0, 0.25, 2.0, 0.0], [0, 0, 1, 2, 1]),
@@ -92,10 +92,8 @@ def test_worst_group_accuracy_looks_at_groups_that_occur():
     assert worst_group_accuracy(logits, target, group).item() == pytest.approx(2 / 3)
 
 
-def _one_of_two(rank, store):
+def _one_of_two(rank):
     """What one of two processes sees of every batch: weighted mean, shares, and the losses InfoBatch remembers."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dro, info = GroupDRO(3, step_size=0.5), InfoBatch(4, epochs=1, generator=torch.Generator().manual_seed(0))
     seen = []
     for losses, group in BATCHES:
@@ -104,21 +102,14 @@ def _one_of_two(rank, store):
         dist.all_reduce(weighted)  # DistributedDataParallel takes the mean, half of this sum
         seen.append((weighted.item() / 2, dro.q.tolist()))
     info(torch.tensor([5.0, 6.0]) + 2 * rank, index=torch.tensor([0, 1]) + 2 * rank)
-    dist.destroy_process_group()
     return seen, info.scores.tolist()
 
 
 def test_two_processes_do_what_one_does_with_both_halves(tmp_path):
-    other = mp.start_processes(_rank_one, (tmp_path / "store",), nprocs=1, join=False, start_method="spawn")
-    seen, scores = _one_of_two(0, tmp_path / "store")
-    other.join()
+    seen, scores = in_two(_one_of_two, tmp_path)[0]
     dro = GroupDRO(3, step_size=0.5)
     for (losses, group), (weighted, q) in zip(BATCHES, seen):
         losses, group = batch([*losses, 1.0], [*group, 1])
         assert (dro(losses, group=group) * losses).mean().item() == pytest.approx(weighted, abs=1e-6)
         assert dro.q.tolist() == pytest.approx(q, abs=1e-6)
     assert scores == [5.0, 6.0, 7.0, 8.0]  # each process knows the other's losses
-
-
-def _rank_one(_, store):
-    _one_of_two(1, store)

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lossary.weighting import ImprovableGapBalancing, ImprovableGapBalancingRL
+from tests.processes import in_two
 
 EPOCH = 20
 
@@ -146,16 +146,13 @@ def test_a_gradient_balancer_takes_the_weighted_log_losses():
     assert first.item() > 0
 
 
-def _halves(rank, store):
+def _halves(rank):
     """Weights, and the mean over two processes of the gradient, each having half of the samples."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     balance, w = ImprovableGapBalancing(2, steps_per_epoch=1, base_epoch=0), torch.tensor([1.0], requires_grad=True)
     for _ in range(2):
         w.grad = None
         balance(_squares(w, DATA[rank::2])).sum().backward()
         dist.all_reduce(w.grad)
-    dist.destroy_process_group()
     return balance.weights.tolist(), (w.grad / 2).item()
 
 
@@ -166,14 +163,8 @@ def _squares(w, data):
     return torch.stack([(w - data).square().mean(), (3 * w + data).square().mean()])
 
 
-def _other(_, store):
-    _halves(1, store)
-
-
 def test_two_processes_do_what_one_does_with_both_halves(tmp_path):
-    other = mp.start_processes(_other, (tmp_path / "store",), nprocs=1, join=False, start_method="spawn")
-    weights, gradient = _halves(0, tmp_path / "store")
-    other.join()
+    weights, gradient = in_two(_halves, tmp_path)[0]
     balance, w = ImprovableGapBalancing(2, steps_per_epoch=1, base_epoch=0), torch.tensor([1.0], requires_grad=True)
     balance(_squares(w, DATA))
     balance(_squares(w, DATA)).sum().backward()

@@ -1,9 +1,9 @@
 """InfoBatch against expectations worked out by hand, in a real DataLoader, and in two processes."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lossary.tasks import Seeds, cross_entropy, fit, per_seed, stacked_mlp
 from lossary.weighting import InfoBatch
+from tests.processes import in_two
 
 LOSSES = torch.tensor([4.0, 0.5, 0.25, 3.0, 0.125, 1.0, 0.0, 0.75])  # mean 1.203: two above, six below
 LOW = torch.tensor([1, 2, 4, 5, 6, 7])
@@ -132,21 +133,11 @@ def trained(rank=0, processes=1):
     return model.weight.detach().clone(), sampler.scores, sizes
 
 
-def _one_of_two(rank, store, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    found = trained(rank, 2)
-    dist.destroy_process_group()
-    torch.save(found, results / f"{rank}.pt")
-
-
 def test_two_processes_train_what_one_does_on_the_same_batches(tmp_path):
-    mp.start_processes(_one_of_two, (tmp_path / "store", tmp_path), nprocs=2, start_method="spawn")
     weight, scores, sizes = trained()
     assert sizes[0] == sizes[3] == 64
     assert max(sizes[1:3]) < 64
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in in_two(partial(trained, processes=2), tmp_path):
         torch.testing.assert_close(found[0], weight, rtol=0, atol=1e-6)
         torch.testing.assert_close(found[1], scores, rtol=0, atol=1e-6)
         assert found[2] == sizes
