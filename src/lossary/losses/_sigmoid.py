@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lossary import require
+from lossary.losses._blocks import at_once, blocks
 
 Numbers = tuple[float, float, float, float, bool]
 
@@ -124,17 +125,15 @@ class _BinaryLosses(torch.autograd.Function):
             None if t is None else t.to(z.dtype).reshape(-1, labels) for t in (positive, negative, weight)
         )
         value, slope = z.new_empty(len(z)), torch.empty_like(z)
-        at_once = len(z) if z.is_cuda else max(1, CELLS // labels)
-        buffers = z.new_empty(8, min(at_once, len(z)), labels)
+        buffers = z.new_empty(8, min(at_once(z, CELLS), len(z)), labels)
         of_block = buffers.unbind()
         tiny = torch.finfo(z.dtype).tiny
         margin = torch.tensor(margin, dtype=z.dtype).item()  # as it is in this precision, to add exactly 0 to positives
         minus_one, zero, one, shift = (z.new_full((), number) for number in (-1.0, 0.0, 1.0, margin))
         alike = positive is negative is None and gamma_positive == gamma_negative and negative_weight == 1
-        for start in range(0, len(z), at_once):
-            rows = slice(start, start + at_once)
+        for rows in blocks(z, CELLS):
             there, by_z = y[rows], slope[rows]
-            if len(there) < at_once:
+            if len(there) < len(of_block[0]):
                 of_block = buffers[:, : len(there)].unbind()
             sign, u, q, shifted, log_q, derivative, *spare = of_block
             torch.add(minus_one, there, alpha=2, out=sign)

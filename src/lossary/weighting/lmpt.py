@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lossary import require
+from lossary.losses._blocks import at_once, blocks
 from lossary.losses._sigmoid import CELLS, binary_losses
 from lossary.paper import Paper
 from lossary.roles import loss
@@ -190,15 +191,13 @@ class _Balanced(torch.autograd.Function):
         labels, tiny = input.shape[-1], torch.finfo(input.dtype).tiny
         z, y, rarity, shift = (t.reshape(-1, labels) for t in (input, target.to(input.dtype), rarity, shift))
         value, slope = z.new_empty(len(z)), torch.empty_like(z)
-        at_once = len(z) if z.is_cuda else max(1, CELLS // labels)
-        buffers = z.new_empty(5, min(at_once, len(z)), labels)
+        buffers = z.new_empty(5, min(at_once(z, CELLS), len(z)), labels)
         of_block = buffers.unbind()
         one, light, steep = (z.new_full((), number) for number in (1.0, 1 / scale, scale))
         offset = z.new_full((labels,), -beta * mu)  # a row: an operation is slow where two of its inputs are one number
-        for start in range(0, len(z), at_once):
-            rows = slice(start, start + at_once)
+        for rows in blocks(z, CELLS):
             there, by_z = y[rows], slope[rows]
-            if len(there) < at_once:
+            if len(there) < len(of_block[0]):
                 of_block = buffers[:, : len(there)].unbind()
             weight, sign, u, q, log_q = of_block
             present = torch.mul(there, rarity[rows], out=u).sum(-1, keepdim=True).clamp_(min=tiny).reciprocal_()
